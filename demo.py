@@ -1,0 +1,526 @@
+"""Writes a tiny checkpoint and a small data set, in the real on-disk formats, to try a script on a laptop.
+
+    python demo.py llava_med                       # -> runs/demo/llava_med/model and .../data
+    python demo.py llava_med --out runs/demo/other --images 300 --seed 1
+
+The language model is random and knows nothing; the vision tower has learned to see, as a pretrained one has. The
+frames are drawn, so that every answer is visible in the picture and a script that learns can be told from one that
+does not. Same seed, same versions: same bytes.
+"""
+
+import argparse
+import json
+import math
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+# ----------------------------------------------------------------------------------------------------------
+# Sizes
+# ----------------------------------------------------------------------------------------------------------
+
+# The usual 0.02 is meant for widths in the thousands; here it would mute every layer.
+INITIALIZER_RANGE = 0.1
+# 3 special + 256 bytes + 95 characters + 246 merges. <image> is ID 600, past them, as Mistral's is 32000.
+VOCABULARY = 600
+TEXT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 320,
+    "max_position_embeddings": 4096,
+    "sliding_window": None,
+}
+VISION = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,  # features are read after the second last, as in every LLaVA
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "image_size": 72,
+    "patch_size": 9,  # (72 / 9)^2 = 64 image tokens
+}
+
+FRAME = 224  # width and height of a drawn frame, in pixels
+RADIUS = 104  # of the endoscope's round field of view
+TEXT_BLOCK, GREEN_BOX = (0, 0, 80, 44), (4, 184, 40, 220)  # left, top, right, bottom
+
+# ----------------------------------------------------------------------------------------------------------
+# Scenes: what a frame shows. A scene is a plain dictionary; moving its numbers makes the frames of a video.
+# ----------------------------------------------------------------------------------------------------------
+
+COLORS = {
+    "pink": (246, 150, 190),
+    "red": (186, 14, 30),
+    "white": (242, 238, 230),
+    "yellow": (232, 200, 50),
+    "brown": (92, 52, 26),
+}
+COLOR_SHARES = [0.45, 0.20, 0.13, 0.12, 0.10]  # one colour dominates, as in the real data
+
+# Radii in pixels leave a gap between the classes, so that no polyp lies on a border between two answers.
+SIZES = {"<5mm": (9, 10.5), "5-10mm": (15, 17.5), "11-20mm": (23.5, 26.5), ">20mm": (34, 38)}
+SIZE_SHARES = [0.18, 0.27, 0.37, 0.18]
+SIZE_WORDS = {"<5mm": "tiny", "5-10mm": "small", "11-20mm": "medium-sized", ">20mm": "large"}
+
+PLACES = {"upper-left": (-1, -1), "upper-right": (1, -1), "lower-left": (-1, 1), "lower-right": (1, 1)}
+# Degrees from the right-hand side, clockwise, because y grows downwards.
+SIDES = {"left": 180, "right": 0, "top": 270, "bottom": 90}
+MUCOSA = {"colonoscopy": (226, 150, 128), "gastroscopy": (186, 88, 52)}
+
+
+def random_polyp(rng, place, color, largest):
+    """A polyp that lies wholly inside its quadrant; its size class is at most number `largest`."""
+    size_class = list(SIZES)[largest]
+    radius = rng.uniform(*SIZES[size_class])
+    nearest = max(radius + 2, 30)  # from the two midlines, along which instruments lie
+    farthest = max(nearest, (RADIUS - 8 - radius) / math.sqrt(2))  # the corner still lies inside the field
+    dx, dy = (rng.uniform(nearest, farthest, 2) * PLACES[place]).tolist()
+    return {
+        "x": FRAME / 2 + dx,
+        "y": FRAME / 2 + dy,
+        "radius": radius,
+        "aspect": rng.uniform(0.88, 1.14),
+        "angle": rng.uniform(0, math.pi),
+        "place": str(place),
+        "size": size_class,
+        "color": str(color),
+    }
+
+
+def random_patient(rng, number):
+    """What all frames of one examination share."""
+    procedure = str(rng.choice(list(MUCOSA), p=[0.55, 0.45]))
+    return {
+        "group": f"patient_{number:04d}",
+        "procedure": procedure,
+        "mucosa": (np.array(MUCOSA[procedure]) + rng.uniform(-8, 8, 3)).tolist(),
+        "code": f"ID {rng.integers(1000, 9999)}",
+    }
+
+
+def random_scene(rng, patient):
+    color = rng.choice(list(COLORS), p=COLOR_SHARES)  # one per frame, so that its question has one answer
+    places = rng.permutation(list(PLACES))[: rng.choice(4, p=[0.3, 0.46, 0.14, 0.1])]
+    sizes = sorted(rng.choice(4, p=SIZE_SHARES, size=len(places)), reverse=True)  # the largest comes first
+    kinds = rng.permutation(["biopsy forceps", "snare"])[: rng.choice(3, p=[0.38, 0.45, 0.17])]
+    sides = rng.permutation(list(SIDES))[: len(kinds)]
+    folds = rng.uniform(30, 48) + 36 * np.arange(rng.choice([0, 2, 3], p=[0.44, 0.28, 0.28]))
+    time = f"{rng.integers(7, 18):02d}:{rng.integers(60):02d}:{rng.integers(60):02d}"
+    return {
+        **patient,
+        "texture": int(rng.integers(2**31)),
+        "light": (rng.uniform(0.38, 0.62, 2) * FRAME).tolist(),
+        "center": (rng.uniform(0.35, 0.65, 2) * FRAME).tolist(),
+        "folds": [{"radius": radius, "angle": rng.uniform(-math.pi, math.pi)} for radius in folds.tolist()],
+        "polyps": [random_polyp(rng, place, color, size) for place, size in zip(places, sizes, strict=True)],
+        "instruments": [
+            {
+                "kind": str(kind),
+                "side": str(side),
+                "angle": SIDES[side] + rng.uniform(-7, 7),
+                "tip": rng.uniform(60, 74),  # pixels from the centre to the shaft's end
+            }
+            for kind, side in zip(kinds, sides, strict=True)
+        ],
+        "text": f"{time}\n{patient['code']}" if rng.random() < 0.62 else None,
+        "box": bool(rng.random() < 0.45),  # the green box in which the endoscope's position is shown
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Frames
+# ----------------------------------------------------------------------------------------------------------
+
+Y, X = np.mgrid[:FRAME, :FRAME].astype(np.float32)  # pixel coordinates
+
+
+def smooth_noise(rng, cells):
+    """Noise of about +-1 whose spots are FRAME / cells pixels wide."""
+    noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((FRAME, FRAME), Image.Resampling.BICUBIC))
+
+
+def draw_fold(light, center, fold):
+    """An arc around the centre: a bright ridge, a sharp crease, and a shadow that fades outwards."""
+    angle = np.arctan2(Y - center[1], X - center[0])
+    across = np.hypot(X - center[0], Y - center[1]) + 3 * np.sin(3 * angle + fold["angle"]) - fold["radius"]
+    along = np.clip(0.9 + 1.6 * np.cos(angle - fold["angle"]), 0, 1)  # the arc fades at its ends
+    shadow = np.exp(-np.where(across < 0, (across / 2) ** 2, across / 9))
+    ridge = np.exp(-(((across + 6) / 4) ** 2))
+    light *= 1 - along * (0.62 * shadow - 0.2 * ridge)
+
+
+def draw_polyp(pixels, light, polyp):
+    """A shaded ellipse with a dark rim and a highlight."""
+    radius = polyp["radius"]
+    reach = int(radius) + 14  # only this window changes
+    left, top = max(int(polyp["x"]) - reach, 0), max(int(polyp["y"]) - reach, 0)
+    window = np.s_[top : top + 2 * reach, left : left + 2 * reach]
+    dx, dy = (X[window] - polyp["x"]) / radius, (Y[window] - polyp["y"]) / radius
+    cos, sin = math.cos(polyp["angle"]), math.sin(polyp["angle"])
+    u, v = (cos * dx + sin * dy) / polyp["aspect"], (cos * dy - sin * dx) * polyp["aspect"]
+    distance = np.hypot(u, v)  # 1 on the outline
+
+    facing = np.sqrt(np.clip(1 - distance**2, 0, 1)) - 0.2 * (dx + dy)  # the light comes from the upper left
+    body = np.array(COLORS[polyp["color"]]) * ((0.7 + 0.34 * facing) * (0.5 + 0.5 * light[window]))[..., None]
+    shine = 0.7 * np.exp(-((dx + 0.3) ** 2 + (dy + 0.36) ** 2) / 0.02)[..., None]
+    body += (255 - body) * shine
+    rim = 0.5 * np.exp(-(((distance - 1.04) * radius / 4) ** 2))[..., None]
+    inside = np.clip((1 - distance) * radius / 2 + 0.5, 0, 1)[..., None]
+    pixels[window] = pixels[window] * (1 - rim) * (1 - inside) + body * inside
+
+
+def draw_instrument(pixels, instrument):
+    """A shaft from the border towards the centre; forceps end in two jaws, a snare in a wire loop."""
+    scale = 2  # drawn twice as large and reduced, for smooth edges
+    layer = Image.new("RGBA", (FRAME * scale, FRAME * scale))
+    draw = ImageDraw.Draw(layer)
+    angle = math.radians(instrument["angle"])
+
+    def at(along, across):
+        """A point `along` pixels from the centre towards the border and `across` pixels beside the shaft."""
+        x = FRAME / 2 + along * math.cos(angle) - across * math.sin(angle)
+        y = FRAME / 2 + along * math.sin(angle) + across * math.cos(angle)
+        return x * scale, y * scale
+
+    tip, border = instrument["tip"], RADIUS + 10
+    snare = instrument["kind"] == "snare"
+    # Strips from dark to bright and back make a flat band look like a metal tube; a snare's sheath is bluish.
+    for low, high, grey in [(-7, 7, 70), (-5, 5, 125), (-4, 2, 175), (-2.5, 0, 225)]:
+        color = (grey * 5 // 8, grey * 6 // 8, grey) if snare else (grey, grey, grey)
+        draw.polygon([at(tip, low), at(tip, high), at(border, high), at(border, low)], fill=color)
+    if snare:
+        turn = np.linspace(-math.pi, math.pi, 40)
+        loop = [at(tip - 15 + 16 * math.cos(t), 12 * math.sin(t)) for t in turn]
+        draw.line(loop, fill=(40, 40, 48), width=9, joint="curve")
+        draw.line(loop, fill=(232, 234, 240), width=5, joint="curve")
+    else:
+        for side in (-1, 1):
+            jaw = [at(tip + a, side * b) for a, b in [(0, 0), (0, 7), (-14, 15), (-25, 11), (-13, 7)]]
+            draw.polygon(jaw, fill=(198, 202, 208), outline=(48, 48, 52), width=2)
+        draw.circle(at(tip, 0), 5, fill=(80, 80, 84))
+    layer = np.asarray(layer.resize((FRAME, FRAME), Image.Resampling.BOX), dtype=np.float32)
+    alpha = layer[..., 3:] / 255
+    pixels *= 1 - alpha
+    pixels += layer[..., :3] * alpha
+
+
+def draw_frame(scene):
+    """An RGB image of the scene. The same scene always gives the same pixels."""
+    rng = np.random.default_rng(scene["texture"])
+    x, y = scene["light"]
+    light = 1.16 - 0.5 * ((X - x) ** 2 + (Y - y) ** 2) / RADIUS**2
+    folded = light + 0.05 * smooth_noise(rng, 7) + 0.03 * smooth_noise(rng, 28)
+    for fold in scene["folds"]:
+        draw_fold(folded, scene["center"], fold)
+    pixels = np.array(scene["mucosa"], dtype=np.float32) * folded[..., None]  # (FRAME, FRAME, 3)
+    pixels[..., 1:] += 5 * smooth_noise(rng, 5)[..., None]  # redder and paler patches
+
+    # Wet mucosa glistens: seven bright spots, smaller than any polyp.
+    for x, y, width in rng.uniform((40, 40, 1), (FRAME - 40, FRAME - 40, 1.9), (7, 3)).tolist():
+        pixels += 120 * np.exp(-(((X - x) / 1.6) ** 2 + (Y - y) ** 2) / width**2)[..., None]
+    for polyp in scene["polyps"]:
+        draw_polyp(pixels, light, polyp)
+    for instrument in scene["instruments"]:
+        draw_instrument(pixels, instrument)
+
+    dx, dy = X - FRAME / 2, Y - FRAME / 2
+    edge = np.hypot(dx, dy)
+    if scene["procedure"] == "gastroscopy":  # an octagonal field instead of a round one
+        edge = np.maximum(np.maximum(abs(dx), abs(dy)), (abs(dx) + abs(dy)) / math.sqrt(2)) * 1.02
+    pixels *= np.clip((RADIUS - edge) / 3, 0.02, 1)[..., None]  # not quite black outside, as from a camera
+    pixels += rng.standard_normal((FRAME, FRAME, 1), dtype=np.float32)  # sensor noise
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+    draw = ImageDraw.Draw(image)
+    if scene["text"]:
+        draw.rectangle(TEXT_BLOCK, fill=(0, 0, 0))
+        font = ImageFont.load_default(16)
+        draw.multiline_text((4, 3), scene["text"], fill=(255, 255, 255), font=font, spacing=3)
+    if scene["box"]:
+        draw.rectangle(GREEN_BOX, fill=(20, 120, 70), outline=(150, 220, 180), width=2)
+        draw.arc([12, 192, 32, 214], 30, 320, fill=(230, 240, 120), width=3)
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------------
+# llava_med: questions about single frames, worded after Kvasir-VQA
+# ----------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "polyp": ("yes_no", ["Are there any polyps in the image?", "Does this image contain a polyp?"]),
+    "instrument": ("yes_no", ["Are there any instruments in the image?", "Is an instrument visible?"]),
+    "text": ("yes_no", ["Is there text in the image?", "Is there any text?"]),
+    "fold": ("yes_no", ["Does the image show a fold?", "Are there any folds in the image?"]),
+    "box": ("yes_no", ["Is there a green box artefact?", "Does the image show a green box?"]),
+    "color": ("color", ["What color is the polyp?", "What color is the abnormality?"]),
+    "size": ("size_numeric", ["What is the size of the polyp?", "How large is the largest polyp?"]),
+    "polyps": ("count_numeric", ["How many polyps are in the image?", "How many findings are present?"]),
+    "instruments": ("count_numeric", ["How many instruments are in the image?"]),
+    "place": ("mcq", ["Where is the polyp? (a) upper-left (b) upper-right (c) lower-left (d) lower-right"]),
+    "side": ("mcq", ["From which side does the instrument enter? (a) left (b) right (c) top (d) bottom"]),
+    "procedure": ("open_ended", ["What type of procedure is the image taken from?"]),
+    "finding": ("open_ended", ["Describe the main finding.", "What is the main finding in the image?"]),
+    "kind": ("open_ended", ["Which instrument is visible?", "What instrument is used?"]),
+}
+CANDIDATES = {"color": list(COLORS), "place": list(PLACES), "side": list(SIDES)}
+
+
+def answers(scene):
+    """Every answer that the frame decides; colour, size, place and side only where there is one to tell."""
+    polyps, instruments = scene["polyps"], scene["instruments"]
+    seen = {
+        "polyp": polyps,
+        "instrument": instruments,
+        "text": scene["text"],
+        "fold": scene["folds"],
+        "box": scene["box"],
+    }
+    found = {key: "yes" if what else "no" for key, what in seen.items()}
+    found["polyps"] = str(len(polyps))
+    found["instruments"] = str(len(instruments))
+    found["procedure"] = scene["procedure"]
+    found["finding"] = "normal mucosa"
+    found["kind"] = " and ".join(sorted(tool["kind"] for tool in instruments)) or "none"
+    if polyps:
+        found["color"] = polyps[0]["color"]
+        found["size"] = polyps[0]["size"]  # the first is the largest
+        found["finding"] = f"several {found['color']} polyps"
+    if len(polyps) == 1:
+        found["place"] = polyps[0]["place"]
+        found["finding"] = f"a {SIZE_WORDS[found['size']]} {found['color']} polyp"
+    if len(instruments) == 1:
+        found["side"] = instruments[0]["side"]
+    return found
+
+
+def question_rows(rng, scene, index):
+    found = answers(scene)
+    keys = [key for key in QUESTIONS if key in found]
+    count = rng.integers(7, 12)  # 7 to 11; Kvasir-VQA has 9.05 an image
+    rows = []
+    for number, key in enumerate(rng.permutation(keys)[:count].tolist()):
+        question_type, wordings = QUESTIONS[key]
+        row = {
+            "id": f"demo_{index:05d}_q{number}",
+            "image": f"images/{index:05d}.jpg",
+            "question": str(rng.choice(wordings)),
+            "question_type": question_type,
+            "answer": found[key],
+            "group": scene["group"],
+        }
+        if key in CANDIDATES:
+            row["answer_candidates"] = CANDIDATES[key]
+        rows.append(row)
+    return rows
+
+
+def write_llava_med_data(folder, images, seed):
+    """Patients have one to five images, all in the same split."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 0])
+    index = patients = 0
+    for split, end in [("train", round(0.7 * images)), ("val", round(0.85 * images)), ("test", images)]:
+        rows = []
+        while index < end:
+            patient = random_patient(rng, patients)
+            patients += 1
+            for _ in range(min(end - index, rng.integers(1, 6))):
+                scene = random_scene(rng, patient)
+                draw_frame(scene).save(folder / "images" / f"{index:05d}.jpg", quality=90)
+                rows += question_rows(rng, scene, index)
+                index += 1
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{folder / split}.jsonl: {len(rows)} questions")
+
+
+# Mistral's instruction format, as LLaVA-NeXT-Mistral renders it: the system text and the images come first in
+# the user turn. <s> is missing on purpose: the tokenizer adds it.
+CHAT_TEMPLATE = """\
+{%- set ns = namespace(system="") -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}
+{%- set images, text = "", message.content -%}
+{%- else -%}
+{%- set images = "<image>\\n" * (message.content | selectattr("type", "equalto", "image") | list | length) -%}
+{%- set text = message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join -%}
+{%- endif -%}
+{%- if message.role == "system" -%}
+{%- set ns.system = text + "\\n\\n" -%}
+{%- elif message.role == "user" -%}
+{{- "[INST] " + ns.system + images + text + " [/INST]" -}}
+{%- set ns.system = "" -%}
+{%- else -%}
+{{- " " + text + "</s>" -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def build_mistral_tokenizer(texts):
+    """Like Mistral's: SentencePiece BPE that falls back to bytes, with <unk>, <s>, </s> and no pad token."""
+    special = ["<unk>", "<s>", "</s>"]
+    # Trained with word boundaries, so that no piece spans two words, and without merging digits.
+    trainee = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), digits])
+    characters = [*string.digits, *string.ascii_letters, *string.punctuation, "▁"]
+    size = VOCABULARY - len(special) - 256
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=characters, show_progress=False)
+    trainee.train_from_iterator(texts, trainer)
+    learnt = json.loads(trainee.to_str())["model"]
+
+    # The byte pieces are added afterwards: as the trainer's special tokens, decoding would drop them.
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+# What a patch shows, largest part first come: the words that the tower learns before LLaVA sees it.
+SHOWN = ["mucosa", "fold", *(f"{c} {s}" for c in COLORS for s in SIZES), "biopsy forceps", "snare", "text", "box"]
+
+
+def patch_labels(scene, grid):
+    """What each of the grid x grid patches shows, as an index into SHOWN: whatever covers a tenth of it and most."""
+    layer = Image.new("L", (FRAME, FRAME))  # 0 is mucosa
+    draw = ImageDraw.Draw(layer)
+    for fold in scene["folds"]:
+        (x, y), radius, angle = scene["center"], fold["radius"], math.degrees(fold["angle"])
+        draw.arc([x - radius, y - radius, x + radius, y + radius], angle - 70, angle + 70, SHOWN.index("fold"), 8)
+    for polyp in scene["polyps"]:
+        draw.circle((polyp["x"], polyp["y"]), polyp["radius"], SHOWN.index(f"{polyp['color']} {polyp['size']}"))
+    for instrument in scene["instruments"]:
+        cos, sin = math.cos(math.radians(instrument["angle"])), math.sin(math.radians(instrument["angle"]))
+        ends = [(FRAME / 2 + d * cos, FRAME / 2 + d * sin) for d in (instrument["tip"] - 20, RADIUS)]
+        draw.line(ends, SHOWN.index(instrument["kind"]), 18)
+    if scene["text"]:
+        draw.rectangle(TEXT_BLOCK, SHOWN.index("text"))
+    if scene["box"]:
+        draw.rectangle(GREEN_BOX, SHOWN.index("box"))
+    side = FRAME // grid
+    blocks = np.asarray(layer).reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid**2, side**2)
+    counts = np.stack([(blocks == i).sum(1) for i in range(len(SHOWN))], axis=1)  # (patches, things)
+    counts[:, 0] = side**2 // 10
+    return counts.argmax(1)
+
+
+def pretrain_tower(tower, seed, frames=800, steps=300, batch=32):
+    """Teach the vision tower what each patch shows and where it is, on frames that the data set does not hold.
+
+    A real LLaVA starts from a CLIP that has seen 400 million images. From a random tower, some thousand questions
+    are too few to find a polyp with. The language model stays random: it knows neither words nor answers.
+    """
+    grid = VISION["image_size"] // VISION["patch_size"]
+    rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
+    scenes = [random_scene(rng, random_patient(rng, number)) for number in range(frames)]
+    labels = torch.from_numpy(np.stack([patch_labels(scene, grid) for scene in scenes]))  # (frames, patches)
+    processor = image_processor()
+    pixels = processor([draw_frame(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
+
+    weight = (labels.numel() / torch.bincount(labels.flatten(), minlength=len(SHOWN)).clamp(min=1)).sqrt()
+    where = torch.arange(grid**2).repeat(batch)
+    head = torch.nn.Linear(VISION["hidden_size"], len(SHOWN) + grid**2)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()])
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        chosen = torch.from_numpy(rng.choice(frames, batch, replace=False))
+        states = tower(pixels[chosen], output_hidden_states=True).hidden_states
+        logits = head(states[-2][:, 1:].flatten(0, 1))  # of the layer and patches that LLaVA reads
+        shown, place = logits.split([len(SHOWN), grid**2], dim=1)
+        loss = cross_entropy(shown, labels[chosen].flatten(), weight=weight) + cross_entropy(place, where)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = (shown.argmax(1) == labels[chosen].flatten()).float().mean()
+    print(f"vision tower: {right:.1%} of the last patches named, after {steps} steps on {frames} frames of its own")
+
+
+def image_processor():
+    side = VISION["image_size"]
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def write_llava_med_model(folder, seed):
+    """A LLaVA checkpoint as converted from LLaVA-Med v1.5 Mistral: all files that a real one has."""
+    texts = [wording for _, wordings in QUESTIONS.values() for wording in wordings]
+    texts += [*COLORS, *SIZES, *SIZE_WORDS.values(), *PLACES, *SIDES, *MUCOSA, "yes", "no", "none"]
+    texts += ["a large pink polyp", "several red polyps", "normal mucosa", "biopsy forceps and snare"]
+    tokenizer = build_mistral_tokenizer([*texts, "[INST] [/INST]"])
+    tokenizer.save_pretrained(folder)
+
+    image_processor().save_pretrained(folder)
+
+    # The image token is the first ID past the tokenizer's end. The embedding is padded to a multiple of 64
+    # beyond it (32000 pieces -> 32064 rows), with room for two more tokens, such as a pad token.
+    image_token = len(tokenizer)
+    rows = math.ceil((image_token + 3) / 64) * 64
+    config = transformers.LlavaConfig(
+        text_config=transformers.MistralConfig(**TEXT, vocab_size=rows, initializer_range=INITIALIZER_RANGE),
+        vision_config=transformers.CLIPVisionConfig(**VISION, initializer_range=INITIALIZER_RANGE),
+        image_token_index=image_token,
+        image_seq_length=(VISION["image_size"] // VISION["patch_size"]) ** 2,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlavaForConditionalGeneration(config)
+    pretrain_tower(model.model.vision_tower, seed)
+    model.save_pretrained(folder)
+    print(f"{folder}: LLaVA, {model.num_parameters():,} parameters, {len(tokenizer)} word pieces")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------
+
+
+def llava_med(args):
+    if args.images < 20:
+        raise SystemExit(f"--images {args.images}: at least 20, so that each split holds some patients")
+    write_llava_med_model(args.out / "model", args.seed)
+    write_llava_med_data(args.out / "data", args.images, args.seed)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("llava_med", help="a tiny LLaVA and endoscopy frames with questions")
+    command.add_argument("--out", type=Path, default=Path("runs/demo/llava_med"))
+    command.add_argument("--images", type=int, default=1500)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=llava_med)
+    args = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

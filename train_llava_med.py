@@ -1,0 +1,875 @@
+"""Fine-tune LLaVA-Med on questions about medical images: vision tower frozen, projector trained, LoRA on the LM.
+
+A data row, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; image paths are relative to DATA):
+
+    {"id": "kv_00017", "image": "images/cl8k2u.jpg", "question": "How many polyps are in the image?", "answer": "1"}
+
+    python demo.py llava_med && python train_llava_med.py --model runs/demo/llava_med/model \\
+        --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 8   # CPU demo
+    python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check               # the proof
+    python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --epochs 3            # one GPU
+
+Published layouts that are read as they are: Kvasir-VQA JSONL, EndoVis-18-VQA's seq_* folders, LLaVA conversations.
+What the demo must reach, and what each figure means, is in README.md.
+"""
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+import common
+import runtime
+from common import IGNORE, Prompt
+from runtime import Problem
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------
+
+IMAGE = "<image>"
+# every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
+LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+PROJECTOR_PATTERN = r"model\.multi_modal_projector\..*"
+# for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %} [/INST]"
+    "{% else %} {{ m.content[0].text }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# two published splits that contradict each other; a model trained on one must not be tested on the other
+ENDOVIS = {
+    "paper": {"train": [2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15], "test": [1, 5, 16]},
+    "sequence": {"train": [5, 6, 7, 10, 11, 12, 14, 15, 16], "val": [9, 13], "test": [1, 2, 3, 4]},
+}
+
+
+def parse_arguments(argv):
+    parser = runtime.shared_flags(__doc__)
+    add = parser.add_argument_group("EndoVis-18-VQA").add_argument
+    add("--endovis-split", choices=list(ENDOVIS), help="which of the two published splits (required for this data)")
+    add("--endovis-answers", choices=["Classification", "Sentence"], default="Classification")
+    args = parser.parse_args(argv)
+    for needed in ["data", "out"] if not (args.count_params or args.merge) else ["out"] * bool(args.merge):
+        if getattr(args, needed) is None:
+            parser.error(f"--{needed} is required")
+    print(runtime.describe_settings(parser, args, argv))
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: files -> rows
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    where: str  # "train.jsonl:17"
+    split: str
+    id: str
+    image: str
+    question: str
+    answer: str
+    question_type: str
+    candidates: list[str] | None
+    group: str  # patient, video or procedure; the image where nothing else is known
+    history: list[tuple[str, str]] = field(default_factory=list)  # earlier turns of a conversation
+
+    @property
+    def media(self) -> list[str]:
+        return [self.image]
+
+
+IMAGE_FIELDS = ("image", "image_filename", "image_id", "img_id")
+FIELDS = {*IMAGE_FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group"}
+
+
+def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
+    """All rows of the folder in whichever published layout it has, and the rows that cannot be used."""
+    if not data.is_dir():
+        raise SystemExit(f"--data {data}: no such folder")
+    if any(data.glob("seq_*/vqa")):
+        read = read_endovis(data, args.endovis_split, args.endovis_answers)
+    else:
+        files = {
+            s: data / f"{s}.{e}"
+            for s in ("train", "val", "test")
+            for e in ("json", "jsonl")
+            if (data / f"{s}.{e}").exists()
+        }
+        whole = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
+        if len(whole) == 1:  # published as one file: split by image
+            files = {None: whole[0]}
+        if not files:
+            raise SystemExit(
+                f"--data {data}: no train/val/test.jsonl, no single .jsonl or .json file, no seq_*/vqa folders"
+            )
+        read = (item for split, path in files.items() for item in read_file(data, path, split))
+    rows, problems = [], []
+    for item in read:
+        (problems if isinstance(item, Problem) else rows).append(item)
+    if args.limit:
+        rows = [r for s in ("train", "val", "test") for r in [r for r in rows if r.split == s][: args.limit]]
+    seen = {}
+    for row in rows:
+        if row.id in seen:
+            problems.append(Problem(row.where, row.id, f"duplicate ID, first used at {seen[row.id]}; make it unique"))
+        seen.setdefault(row.id, row.where)
+    return rows, problems
+
+
+def read_file(data: Path, path: Path, split: str | None):
+    """Rows of a JSON-lines file (canonical or Kvasir-VQA) or of LLaVA conversations (.json)."""
+    if path.suffix == ".json":
+        entries = [(f"{path.name}[{i}]", entry) for i, entry in enumerate(json.loads(path.read_text("utf-8")))]
+        problems = [] if entries else [Problem(path.name, None, "the file holds no conversations")]
+    else:
+        entries, problems = runtime.read_jsonl(path)
+    yield from problems
+    for where, entry in entries:
+        try:
+            if "conversations" in entry:
+                yield from conversation_rows(data, where, entry, split)
+            else:
+                yield make_row(data, where, entry, split)
+        except ValueError as error:
+            yield Problem(where, entry.get("id"), str(error))
+
+
+def make_row(data: Path, where: str, entry: dict, split: str | None, history=()) -> Row:
+    wrong = runtime.misspelt(entry, FIELDS)
+    if wrong:
+        raise ValueError(wrong)
+    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f)), None)
+    if name is None:
+        raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
+    question, answer = entry.get("question"), entry.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    if answer is None or not str(answer).strip() or str(answer).strip().lower() == "nan":
+        raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
+    kind = entry.get("question_type") or common.question_type(question)
+    image = find_image(data, name)
+    return Row(
+        where=where,
+        split=split or split_of(image),
+        id=str(entry.get("id") or where),
+        image=image,
+        question=question.strip(),
+        answer=str(answer).strip(),
+        question_type=kind,
+        candidates=entry.get("answer_candidates") or common.answer_candidates(question, kind),
+        group=str(entry.get("group") or image),
+        history=list(history),
+    )
+
+
+def find_image(data: Path, name: str) -> str:
+    """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
+    for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
+        if (data / candidate).exists():
+            return candidate
+    return name  # reported as missing when it is opened
+
+
+def split_of(image: str) -> str:
+    """70/15/15 by image, from its name alone: adding rows later moves none of the others."""
+    share = random.Random(image).random()
+    return "train" if share < 0.70 else "val" if share < 0.85 else "test"
+
+
+def conversation_rows(data: Path, where: str, entry: dict, split: str | None):
+    """One row for each answer of a LLaVA conversation, with the turns before it as its history."""
+    turns = entry["conversations"]
+    roles = [t.get("from") for t in turns]
+    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"turns must alternate human, gpt; there are {roles}")
+    if turns[0]["value"].count(IMAGE) != 1:
+        raise ValueError(f"the first turn must hold {IMAGE} once, for its image")
+    history = []
+    for i in range(0, len(turns), 2):
+        question, answer = turns[i]["value"], turns[i + 1]["value"]
+        if i == 0:  # wherever it stands, the image goes before the question, as in LLaVA's own training
+            question = question.replace(IMAGE, "")
+        row = {
+            "id": f"{entry.get('id', where)}.{i // 2}",
+            "image": entry.get("image"),
+            "question": question,
+            "answer": answer,
+        }
+        row["group"] = entry.get("group")
+        yield make_row(data, f"{where} turn {i // 2}", row, split, history)
+        history.append((question.strip(), answer.strip()))
+
+
+def read_endovis(data: Path, published_split: str | None, answers: str):
+    """EndoVis-18-VQA: seq_N/vqa/{Classification,Sentence}/*.txt, a line "question|answer", the frame beside them."""
+    if published_split is None:
+        raise SystemExit("EndoVis-18-VQA has two published splits that contradict each other: give --endovis-split")
+    for split, sequences in ENDOVIS[published_split].items():
+        for number in sequences:
+            folder = data / f"seq_{number}"
+            frames = {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
+            files = sorted((folder / "vqa" / answers).glob("*.txt"))
+            if not files:
+                yield Problem(f"seq_{number}/vqa/{answers}", None, "no annotation files")
+            for path in files:
+                frame = frames.get(path.stem.removesuffix("_QA"))
+                name = frame.relative_to(data).as_posix() if frame else f"seq_{number}/{path.stem}.png"
+                for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+                    where = f"{path.relative_to(data)}:{line}"
+                    question, bar, answer = text.partition("|")
+                    if not bar:
+                        yield Problem(where, None, 'no "question|answer"')
+                        continue
+                    entry = {"image": name, "question": question, "answer": answer, "group": f"seq_{number}"}
+                    try:
+                        yield make_row(data, where, entry, split)
+                    except ValueError as error:
+                        yield Problem(where, None, str(error))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: rows -> prompt trees
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """What turns a row into tokens: read from the checkpoint's folder, no weights needed."""
+
+    tokenizer: object
+    image_id: int
+    features: int  # placeholders an image stands for
+    bos: list[int]  # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
+    keep_sentinels: bool
+
+
+def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
+    """Tokenizer, image processor, the faults of the checkpoint's own files, and what was found of PAD and EOS."""
+    config_file = json.loads((folder / "config.json").read_text())
+    if config_file.get("model_type") != "llava":
+        raise SystemExit(
+            f"--model {folder}: model_type {config_file.get('model_type')!r}, not 'llava'. transformers does not know "
+            "LLaVA-Med's original llava_mistral; use a checkpoint converted to transformers' format"
+        )
+    problems = []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    image_id = -1
+    try:
+        image_id = common.image_token_id(config_file)
+        common.register_placeholder(tokenizer, IMAGE, image_id)
+    except ValueError as error:
+        problems.append(Problem("config.json", None, f"{error}; copy image_token_index from the original config.json"))
+    pad_line = f"{folder / 'tokenizer_config.json'}: {common.separate_pad_from_eos(tokenizer)}"
+    print(pad_line)
+    bos = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
+    config = AutoConfig.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    size = getattr(processor, "crop_size", None) or processor.size
+    features = features_per_image(config)
+    if (size["height"], size["width"]) != (config.vision_config.image_size,) * 2:
+        text = f"{size['height']} x {size['width']} pixels, the vision tower takes {config.vision_config.image_size}"
+        problems.append(Problem("preprocessor_config.json", None, text))
+    return Text(tokenizer, image_id, features, bos, args.sentinels == "keep"), processor, problems, pad_line
+
+
+def features_per_image(config) -> int:
+    """CLIP-L/14 at 336 px, "default": (336 / 14)^2 + 1 - 1 = 576; SigLIP at 384 px, "full": 27^2 = 729."""
+    vision = config.vision_config
+    class_token = vision.model_type == "clip_vision_model"
+    return (
+        (vision.image_size // vision.patch_size) ** 2
+        + class_token
+        - (config.vision_feature_select_strategy == "default")
+    )
+
+
+def render(tokenizer, row: Row) -> str:
+    """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
+    opening, closing = common.SENTINELS
+    messages = []
+    for i, (question, answer) in enumerate([*row.history, (row.question, opening + row.answer + closing)]):
+        question = {"type": "text", "text": question}
+        messages.append({"role": "user", "content": [{"type": "image"}, question] if i == 0 else [question]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
+    # A template's space before the answer belongs to the answer: the prompt then ends where the template's own
+    # generation prompt ends, and SentencePiece gives the answer's first word its usual piece.
+    prompt = before.rstrip(" ")
+    space = before[len(prompt) :]
+    return prompt + opening + space + after.partition(closing)[0] + closing + tokenizer.eos_token
+
+
+def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
+    """(prefix, input_ids, labels): everything up to the image's last placeholder, then the question and its answer.
+
+    The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
+    """
+    for part in (row.question, row.answer, *(t for turn in row.history for t in turn)):
+        for token in (IMAGE, *common.SENTINELS, *text.tokenizer.all_special_tokens):
+            if token in part:
+                raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
+    input_ids, labels = common.encode_supervised(
+        text.tokenizer, render(text.tokenizer, row), keep_sentinels=text.keep_sentinels
+    )
+    if input_ids[: len(text.bos)] != text.bos:  # once, also where the chat template writes it
+        input_ids, labels = text.bos + input_ids, [IGNORE] * len(text.bos) + labels
+    cut = input_ids.index(text.image_id) + 1
+    prefix = common.expand_placeholder(input_ids[:cut], text.image_id, [text.features])
+    return prefix, input_ids[cut:], labels[cut:]
+
+
+def prove_row(row: Row, text: Text, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError unless exactly answer + EOS is learned and the placeholders equal the image's features."""
+    learned = [label for label in labels if label != IGNORE]
+    decoded = text.tokenizer.decode(learned, clean_up_tokenization_spaces=False).lstrip(" ")
+    if decoded != row.answer + text.tokenizer.eos_token:
+        raise ValueError(f"learned would be {decoded!r}, not {row.answer + text.tokenizer.eos_token!r}")
+    if text.image_id in input_ids:
+        raise ValueError(f"{IMAGE} after the image's own placeholder")
+    common.check_placeholders(prefix, text.image_id, text.features)
+
+
+def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list[Problem]]:
+    """A tree for each image with all its questions (or for each question), in order of appearance."""
+    trees: dict[str, Prompt] = {}
+    problems = []
+    for row in rows:
+        try:
+            prefix, input_ids, labels = encode_row(row, text)
+            prove_row(row, text, prefix, input_ids, labels)
+            if len(prefix) + len(input_ids) > args.pack_tokens:
+                raise ValueError(f"{len(prefix) + len(input_ids)} tokens, more than --pack-tokens {args.pack_tokens}")
+        except ValueError as error:
+            problems.append(Problem(row.where, row.id, str(error)))
+            continue
+        tree = trees.setdefault(row.image if args.share_prefix else row.id, Prompt(prefix, [], [], media=row.image))
+        assert tree.prefix == prefix, f"{row.where}: the questions of {row.image} begin differently"
+        tree.branches.append((input_ids, labels))
+        tree.ids.append(row.id)
+    return list(trees.values()), problems
+
+
+def check_data(data: Path, args, text: Text, fatal: list[Problem], pad_line: str):
+    """The proof that stands before every run: each row built and decoded again, each image opened.
+
+    Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
+    """
+    rows, faults = read_data(data, args)
+    faults += runtime.check_media(data, rows, runtime.open_image)
+    splits, trees, counts = {}, {}, {}
+    for split in ("train", "val", "test"):
+        bad = {p.where for p in faults}
+        part = [row for row in rows if row.split == split and row.where not in bad]
+        trees[split], found = ([], []) if fatal else build_prompts(part, text, args)
+        faults += found
+        bad = {p.where for p in found}
+        splits[split] = [row for row in part if row.where not in bad]
+        counts[split] = {
+            "questions": len(splits[split]),
+            "images": len({row.image for row in splits[split]}),
+            "tokens": sum(len(tree) for tree in trees[split]),
+            "learned_tokens": sum(count_learned(tree) for tree in trees[split]),
+            "question_types": dict(Counter(row.question_type for row in splits[split])),
+        }
+        print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
+    report = {"splits": counts, "image_token": {"id": text.image_id, "per_image": text.features}, "pad": pad_line}
+    runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
+    if not (args.eval_only or args.check or splits["train"]):
+        raise SystemExit(f"--data {data}: no training rows")
+    return splits, trees
+
+
+def count_learned(tree: Prompt) -> int:
+    return sum(label != IGNORE for _, labels in tree.branches for label in labels)
+
+
+def print_first_row(row: Row, text: Text) -> None:
+    """Row 0 as the model sees it: green learned, grey masked, blue media."""
+    prefix, input_ids, labels = encode_row(row, text)
+    shown = "\033[34m" + f"[{prefix.count(text.image_id)} x {IMAGE}]" + "\033[0m"
+    before = text.tokenizer.decode([t for t in prefix if t != text.image_id])
+    pieces = [f"\033[90m{before}\033[0m", shown]
+    for token, label in zip(input_ids, labels, strict=True):
+        piece = text.tokenizer.convert_ids_to_tokens(token)
+        pieces.append(f"\033[32m{piece}\033[0m" if label != IGNORE else f"\033[90m{piece}\033[0m")
+    print(f"row {row.id}, learned green, masked grey, media blue:\n{' '.join(pieces)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------------------
+
+
+class LlavaMed(nn.Module):
+    """LLaVA whose forward takes a packed row and returns (loss sum, learned tokens)."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, dtype: torch.dtype):
+        super().__init__()
+        self.llava = llava
+        self.dtype = dtype
+        self.image_id = common.image_token_id(llava.config)
+
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, height, width) -> (images, features, width of the language model)."""
+        inner, config = self.llava.model, self.llava.config
+        layers = config.vision_feature_layer
+        with self.autocast():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):  # frozen: keep no activations
+                states = inner.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+                chosen = [states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+                if config.vision_feature_select_strategy == "default":
+                    chosen = [state[:, 1:] for state in chosen]  # drop the class token
+            return inner.multi_modal_projector(torch.cat(chosen, dim=-1))
+
+    def autocast(self):
+        """With bf16, trained parameters stay float32 and are cast where they are used."""
+        device = next(self.llava.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @property
+    def tower_trains(self) -> bool:
+        return next(self.llava.model.vision_tower.parameters()).requires_grad
+
+    def hidden(self, input_ids, position_ids, mask, cache=None, pixel_values=None) -> torch.Tensor:
+        """Last hidden states (1, T, width) of tokens (1, T) under a mask (1, 1, T, keys)."""
+        with self.autocast():
+            embeds = self.llava.get_input_embeddings()(input_ids)  # (1, T, width)
+            if pixel_values is not None:
+                features = self.image_features(pixel_values)
+                common.check_placeholders(input_ids, self.image_id, features.shape[0] * features.shape[1])
+                places = (input_ids == self.image_id).unsqueeze(-1)
+                embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
+            return self.llava.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return self.llava.lm_head(hidden)
+
+    def forward(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = common.visible(row["document"], row["branch"])
+        hidden = self.hidden(row["input_ids"], row["position_ids"], mask, None, row["pixel_values"])
+        return common.supervised_loss(hidden, self.lm_head, row["labels"])
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.llava.model.vision_tower.train(mode and self.tower_trains)  # no dropout in a frozen tower
+        return self
+
+
+def prepare(llava: LlavaForConditionalGeneration, args) -> None:
+    """Choose what is trained; whatever is, is float32, because bfloat16 loses small updates."""
+    if args.tune == "full":
+        common.train_only(llava, r".*")
+    else:
+        common.train_only(llava, PROJECTOR_PATTERN)
+        common.add_lora(llava, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+    for parameter in llava.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if args.grad_checkpoint:  # not reentrant: the inputs of a frozen base need no gradient
+        llava.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def load_model(folder: Path, args, text: Text, device, dtype) -> LlavaMed:
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    window = getattr(llava.config.text_config, "sliding_window", None)
+    if window is not None and window < args.pack_tokens:
+        raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
+    common.separate_pad_from_eos(text.tokenizer, llava)
+    prepare(llava.to(device), args)
+    if args.compile:
+        llava.model.language_model.compile(dynamic=True)
+    return LlavaMed(llava, dtype)
+
+
+def verify_first_batch(model: LlavaMed, rows: list[dict], text: Text) -> None:
+    """Before step 0: the placeholders of the real first batch against the features of the real model."""
+    with torch.no_grad():
+        for row in rows:
+            features = model.image_features(row["pixel_values"])  # (images, features, width)
+            common.check_placeholders(row["input_ids"], model.image_id, features.shape[0] * features.shape[1])
+    print(f"image tokens: {features.shape[1]} per image, ID {model.image_id} — verified")
+
+
+def count_parameters(folder: Path, args) -> None:
+    """A table by component, from the configuration alone: nothing is read or allocated."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+        prepare(llava, args)
+    table = Counter(), Counter()
+    for name, p in llava.named_parameters():
+        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+        table[0][part] += p.numel()
+        table[1][part] += p.numel() * p.requires_grad
+    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
+    for part, count in [*table[0].items()]:
+        print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
+    everything, trainable = sum(table[0].values()), sum(table[1].values())
+    print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
+
+
+def write_model(llava, text: Text, source: Path, target: Path, dtype) -> None:
+    """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
+            shutil.copy(path, target)
+    common.merge_lora(llava).to(dtype).save_pretrained(target)
+    text.tokenizer.save_pretrained(target)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training loop: the same text in every script (BEGIN)
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Steps(Dataset):
+    """An item is an optimizer step: its packed rows, each with its media."""
+
+    def __init__(self, plan: list[list[Prompt]], pack_tokens: int, read_media):
+        self.plan, self.pack_tokens, self.read_media = plan, pack_tokens, read_media
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        rows = common.pack(self.plan[index], self.pack_tokens)
+        return [{**row, **self.read_media(row["prompts"])} for row in rows]
+
+
+def make_plan(prompts: list[Prompt], args) -> list[list[Prompt]]:
+    """The optimizer steps of the whole run; a function of the seed alone, so that any step can be gone back to."""
+    plan = []
+    for epoch in range(args.epochs):
+        plan += common.plan_steps(prompts, args.questions_per_step, args.seed, epoch)
+        if args.max_steps and len(plan) >= args.max_steps:
+            return plan[: args.max_steps]
+    return plan
+
+
+def learning_rate(step: int, steps: int, args) -> float:
+    """Linear warm-up, then half a cosine towards zero; step counts from 1."""
+    warmup = max(1, round(args.warmup * steps))
+    if step <= warmup:
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1)))
+
+
+def to_device(row: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+
+
+def train(model, optimizer, plan, start, read_media, validate, save, args, run: Path, device) -> float:
+    """Steps start+1 … len(plan); returns the last step's loss. validate() gives a loss, save(step) a checkpoint."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    steps = Steps(plan[start:], args.pack_tokens, read_media)
+    # a generator of its own: starting the loader must not draw from the one that dropout uses
+    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, generator=torch.Generator())
+    metrics = runtime.Metrics(run / "metrics.jsonl", start, len(plan))
+    stop = runtime.StopSignal()
+    loss = math.nan
+    model.train()
+    begun = time.monotonic()
+    for step, rows in enumerate(loader, start=start + 1):
+        # ---- one optimizer step ----
+        learned = sum(int((row["labels"] != IGNORE).sum()) for row in rows)
+        loss_sum = torch.zeros((), device=device)
+        for row in rows:
+            row_loss, _ = model(to_device(row, device))
+            (row_loss / learned).backward()  # the mean over the whole step's tokens, not a mean of means
+            loss_sum += row_loss.detach()
+        grad_norm = float(nn.utils.clip_grad_norm_(parameters, args.clip))
+        loss = float(loss_sum) / learned
+        ids = [name for row in rows for prompt in row["prompts"] for name in prompt.ids]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise SystemExit(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing was changed by rows {ids}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # ---- what it was like ----
+        tokens = sum(row["input_ids"].numel() for row in rows)
+        seconds, begun = time.monotonic() - begun, time.monotonic()
+        metrics.write(
+            step=step,
+            epoch=round(step / len(plan) * args.epochs, 3),
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=optimizer.param_groups[0]["lr"],
+            images=sum(len(row["prompts"]) for row in rows),
+            questions=len(ids),
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            questions_per_s=len(ids) / seconds,
+            peak_memory_mb=runtime.peak_memory_mb(device),
+            ids=ids,
+        )
+        # ---- save first, then evaluate: a crash there must not cost the steps ----
+        last = step == len(plan)
+        if last or stop.received or step % args.save_every == 0:
+            save(step)
+        if stop.received:
+            metrics.say(f"stopped by {stop.received} after step {step}; the same command goes on from there")
+            raise SystemExit(runtime.EXIT_STOPPED)
+        if validate and (last or step % args.eval_every == 0):
+            metrics.write(step=step, val_loss=validate())
+            model.train()
+            begun = time.monotonic()
+    metrics.close()
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training loop: the same text in every script (END)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def media_reader(data: Path, processor):
+    """A function from prompt trees to their pixel_values (images, 3, height, width), in the order of the row."""
+
+    def read(prompts: list[Prompt]) -> dict:
+        images = [runtime.open_image(data, prompt.media) for prompt in prompts]
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+
+    return read
+
+
+@torch.no_grad()
+def mean_loss(model, prompts, read_media, args, device) -> float:
+    model.eval()
+    total, tokens = 0.0, 0
+    for row in packed_rows(prompts, read_media, args):
+        loss, count = model(to_device(row, device))
+        total, tokens = total + float(loss), tokens + int(count)
+    return total / tokens
+
+
+def packed_rows(prompts, read_media, args):
+    """Packed rows with media, a few trees at a time: memory does not grow with the number of rows."""
+    batches = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
+    for rows in DataLoader(
+        Steps(batches, args.pack_tokens, read_media), None, num_workers=args.workers, generator=torch.Generator()
+    ):
+        yield from rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answering and scoring
+# ------------------------------------------------------------------------------------------------------------
+
+
+def candidate_tokens(row: Row, answers: list[str], text: Text) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of the row's branch for each answer that is allowed."""
+    return [encode_row(Row(**{**vars(row), "answer": answer}), text)[1:] for answer in answers]
+
+
+@torch.no_grad()
+def answer(model, prompts, rows: dict[str, Row], text: Text, read_media, args, device) -> dict[str, dict]:
+    """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
+    model.eval()
+    found = {}
+    candidates = {i: row.candidates if args.decode != "free" else None for i, row in rows.items()}
+    decoded = [t for t in prompts if args.decode != "score" or not all(candidates[i] for i in t.ids)]
+    shown = tqdm(total=len(rows), desc="answering", unit="question", disable=not sys.stderr.isatty())
+    for packed in packed_rows([common.answering_prompt(t) for t in decoded], read_media, args):
+        ids = [i for prompt in packed["prompts"] for i in prompt.ids]
+        tries = []
+        for i in ids:
+            branches = candidate_tokens(rows[i], candidates[i], text) if candidates[i] else []
+            tries.append(common.build_trie([[t for t in labels if t != IGNORE] for _, labels in branches]) or None)
+        packed = to_device(packed, device)
+
+        def read(input_ids, position_ids, mask, cache, pixel_values=packed["pixel_values"]):
+            # the images belong to the first reading; afterwards they are in the cache
+            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else pixel_values)
+
+        limits = [args.max_answer_tokens] * len(ids)
+        for i, tokens in zip(
+            ids, common.decode(read, model.lm_head, packed, text.tokenizer.eos_token_id, limits, tries), strict=True
+        ):
+            found[i] = {"prediction": text.tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            shown.update(1)
+    if args.decode == "score":
+        found |= score_candidates(model, prompts, rows, text, read_media, args, device)
+    shown.close()
+    return found
+
+
+def score_candidates(model, prompts, rows, text, read_media, args, device) -> dict[str, dict]:
+    """Every allowed answer as a branch of its own: the exact argmax, with probabilities."""
+    trees = []
+    for tree in prompts:
+        names = [(i, candidate) for i in tree.ids for candidate in rows[i].candidates or []]
+        if names:
+            branches = [b for i in tree.ids for b in candidate_tokens(rows[i], rows[i].candidates or [], text)]
+            trees.append(Prompt(tree.prefix, branches, names, tree.media))
+    scores: dict[str, dict] = {}
+    for packed in packed_rows(trees, read_media, args):
+        names = [name for prompt in packed["prompts"] for name in prompt.ids]
+        packed = to_device(packed, device)
+        mask = common.visible(packed["document"], packed["branch"])
+        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, packed["pixel_values"])
+        for (i, candidate), score in zip(
+            names, common.branch_log_probs(hidden, model.lm_head, packed).tolist(), strict=True
+        ):
+            scores.setdefault(i, {})[candidate] = score
+    found = {}
+    for i, by_candidate in scores.items():
+        chances = torch.tensor(list(by_candidate.values())).softmax(0).tolist()
+        chances = dict(zip(by_candidate, chances, strict=True))
+        found[i] = {"prediction": max(chances, key=chances.get), "probabilities": chances}
+    return found
+
+
+def evaluate(model, prompts, rows: list[Row], train_rows: list[Row], text, read_media, args, device, run: Path) -> dict:
+    """Answer, score, write predictions.jsonl and results.json, print the table."""
+    by_id = {row.id: row for row in rows}
+    begun = time.monotonic()
+    found = answer(model, prompts, by_id, text, read_media, args, device)
+    seconds = time.monotonic() - begun
+    records = []
+    for row in rows:
+        prediction = found.get(row.id, {}).get("prediction")
+        scored = common.score_answer(prediction, row.answer, row.question_type)
+        known = {"id": row.id, "group": row.group, "image": row.image, "question_type": row.question_type}
+        known |= {"question": row.question, "answer": row.answer, **found.get(row.id, {})}
+        records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
+    majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
+    results = common.summarise(records, majority)
+    results |= {"split": args.eval_split, "decode": args.decode, "questions_per_s": len(rows) / seconds}
+    runtime.write_jsonl(run / "predictions.jsonl", records)
+    runtime.write_json(run / "results.json", results)
+    print(common.results_table(results))
+    print(f"answered {len(rows)} questions in {seconds:.1f} s; {run / 'predictions.jsonl'}, {run / 'results.json'}")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if args.count_params:
+        count_parameters(runtime.model_folder(args.model, weights=False), args)
+        return
+    run = Path(args.out)
+
+    # the data is proved before any weights are read
+    folder = runtime.model_folder(args.model, weights=not args.check)
+    text, processor, faults, pad_line = load_text(folder, args)
+    if args.merge:
+        splits, trees = {}, {}
+    else:
+        data = Path(args.data)
+        splits, trees = check_data(data, args, text, faults, pad_line)
+        read_media = media_reader(data, processor)
+    if args.check:
+        print_first_row((splits["train"] or splits["test"])[0], text)
+        print("check passed")
+        return
+
+    torch.manual_seed(args.seed)
+    device, dtype = runtime.pick_device(args.device, args.dtype)
+    if args.overfit:
+        run, args.resume, args.epochs, args.max_steps = run / "overfit", "none", args.overfit_steps, args.overfit_steps
+        splits["train"] = splits["train"][: args.overfit]
+        trees["train"] = build_prompts(splits["train"], text, args)[0]
+    model = load_model(folder, args, text, device, dtype)
+    trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
+    share = sum(p.numel() for p in trained.values()) / sum(p.numel() for p in model.parameters())
+    print(f"{device.type}, {dtype}; {sum(p.numel() for p in trained.values()):,} parameters trained ({share:.2%})")
+
+    checkpoint = runtime.find_checkpoint(run, args.resume)
+    if (args.eval_only or args.merge) and checkpoint is None:
+        raise SystemExit(f"no whole checkpoint in {run / 'checkpoints'}; give --resume FOLDER")
+    if checkpoint:
+        common.load_trained(model.llava, checkpoint)
+    if args.merge:
+        write_model(model.llava, text, folder, Path(args.merge), dtype)
+        print(f"wrote {args.merge}")
+        return
+    evaluated = splits["train"] if args.overfit else splits[args.eval_split]
+    evaluated_trees = trees["train"] if args.overfit else trees[args.eval_split]
+    if args.eval_only:
+        evaluate(model, evaluated_trees, evaluated, splits["train"], text, read_media, args, device, run)
+        return
+
+    plan = make_plan(trees["train"], args)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
+    # what must be the same for a resumed run to be the same run
+    same = {
+        k: getattr(args, k) for k in ("seed", "tune", "lora_r", "lora_alpha", "lr", "questions_per_step", "pack_tokens")
+    }
+    same |= {
+        "steps": len(plan),
+        "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"]),
+        "share_prefix": args.share_prefix,
+    }
+    start = 0
+    if checkpoint:
+        state = json.loads((checkpoint / "state.json").read_text())
+        changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in same.items() if state["same"].get(k) != v]
+        if changed:
+            raise SystemExit(
+                f"{checkpoint} is of another run: {'; '.join(changed)}. Use --resume none or another --out"
+            )
+        runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
+        start = state["step"]
+    else:
+        runtime.write_json(run / "config.json", {**runtime.describe_run(args, argv), "same": same})
+
+    def save(step):
+        def write(target):
+            common.save_trained(model.llava, target)
+            runtime.save_optimizer(target / "optimizer.safetensors", optimizer, trained)
+
+        runtime.save_checkpoint(run, step, write, {"step": step, "same": same}, args.keep)
+
+    def validate():
+        return mean_loss(model, trees["val"], read_media, args, device)
+
+    print(f"{len(plan)} steps of at most {args.questions_per_step} questions, from step {start}")
+    verify_first_batch(model, [to_device(r, device) for r in Steps(plan, args.pack_tokens, read_media)[0]], text)
+    if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
+        print(f"loss before training: {mean_loss(model, trees['val'][:2], read_media, args, device):.4f}")
+    loss = train(model, optimizer, plan, start, read_media, validate if trees["val"] else None, save, args, run, device)
+
+    if args.tune == "full":
+        write_model(model.llava, text, folder, run / "model", dtype)
+    else:
+        common.save_adapter(model.llava, run / "adapter")
+    if evaluated:
+        results = evaluate(model, evaluated_trees, evaluated, splits["train"], text, read_media, args, device, run)
+    if args.overfit:
+        wrong = results["all"]["n"] - round(results["all"]["exact"] * results["all"]["n"])
+        print(f"overfit: loss {loss:.4f} (must be below {args.overfit_loss}), {wrong} answers wrong (must be none)")
+        if not (loss < args.overfit_loss and wrong == 0):
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
