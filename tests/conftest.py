@@ -1,0 +1,26 @@
+"""Shared by the tests: a tiny checkpoint and data set in the real formats, written once a session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of the CPU
+
+import pytest
+import torch
+import transformers
+
+import demo
+
+torch.set_num_threads(2)
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """`model`, whose tower is left random to save its training, and `data` of 60 images. Tests must not write here."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "pretrain_tower", lambda tower, seed: None)
+        demo.write_llava_med_model(folder / "model", seed=0)
+    demo.write_llava_med_data(folder / "data", images=60, seed=0)
+    return folder

@@ -1,0 +1,635 @@
+"""Question types, candidates and scoring: every case here is an answer that a lenient scorer gets wrong."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from common import (
+    answer_candidates,
+    majority_answers,
+    normalise,
+    question_type,
+    results_table,
+    score_answer,
+    summarise,
+)
+
+TYPES = ["yes_no", "color", "size_numeric", "count_numeric", "mcq", "open_ended"]
+# the published annotations of SurgViVQA-Audio, where they lie beside the project
+ANNOTATIONS = Path(__file__).parent.parent.parent / "shared" / "data" / "surgvivqa_audio"
+
+# Realistic Kvasir-VQA answers; no two of them mean the same.
+VOCABULARY = """
+yes; no; none; not relevant; normal; abnormal; polyp; polyps; ulcerative colitis; oesophagitis; barrett's
+short-segment barrett's; colonoscopy; gastroscopy; capsule endoscopy; male; female; 0; 1; 2; 3; 4; 5
+6; 10; 11; 16; 20; 21; <5mm; 5-10mm; 11-20mm; >20mm; pink; red; white; yellow; green; black; blue; grey
+brown; orange
+upper-left; upper-right; lower-left; lower-right; center; center-left; z-line; pylorus; cecum; ileum
+hyperplastic; adenoma; adenocarcinoma; sigma; rectum; ascending; descending; paris ip; paris is; paris iia
+biopsy forceps; metal clip; polyp snare; injection needle; tube
+accessory tools; hemorrhoids; evidence of polyps
+"""
+VOCABULARY = [answer.strip() for line in VOCABULARY.strip().splitlines() for answer in line.split(";")]
+VOCABULARY += ["pink;red", "pink;white", "5-10mm;11-20mm", "polyp;oesophagitis", "upper-left;center"]
+
+
+# --- question types -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "auxiliary",
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "do",
+        "does",
+        "did",
+        "has",
+        "have",
+        "had",
+        "can",
+        "could",
+        "will",
+        "would",
+        "should",
+        "may",
+        "might",
+        "must",
+        "Isn't",
+        "Aren’t",
+        "Doesn't",
+        "Can't",
+        "Is",
+        "IS",
+    ],
+)
+def test_every_auxiliary_opens_a_yes_no_question(auxiliary):
+    assert question_type(f"{auxiliary} the polyp seen?") == "yes_no"
+    assert question_type(f"In this image, {auxiliary.lower()} the polyp seen?") == "yes_no"
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        # Kvasir-VQA
+        ("Have all polyps been removed?", "yes_no"),
+        ("Is this finding easy to detect?", "yes_no"),
+        ("Is there a green/black box artifact?", "yes_no"),
+        ("Is there text?", "yes_no"),
+        ("Does this image contain any finding?", "yes_no"),
+        ("What color is the abnormality? If more than one separate with ;", "color"),
+        ("What color is the anatomical landmark? If more than one separate with ;", "color"),
+        ("What is the size of the polyp?", "size_numeric"),
+        ("How many polyps are in the image?", "count_numeric"),
+        ("How many instrumnets are in the image?", "count_numeric"),
+        ("Are there any abnormalities in the image? Check all that are present.", "open_ended"),
+        ("Are there any instruments in the image? Check all that are present.", "open_ended"),
+        ("Where in the image is the abnormality?", "open_ended"),
+        ("What type of polyp is present?", "open_ended"),
+        ("What type of procedure is the image taken from?", "open_ended"),
+        # SurgViVQA
+        ("When motion occurs, is the scope pushing forward?", "yes_no"),
+        ("When motion occurs, does the scope pull backward?", "yes_no"),
+        ("Can you clearly observe clean mucosa in these frames?", "yes_no"),
+        ("Is the scope primarily advancing or withdrawing in this sequence?", "mcq"),
+        ("Into which millimeter bracket does the lesion size fall?", "size_numeric"),
+        ("In what screen quadrant does the lesion appear?", "open_ended"),
+        ("How severe is the fluid-based occlusion?", "open_ended"),
+        # lists
+        ("Is the polyp pink, red, or white?", "mcq"),
+        ("Is the polyp pink, red or white?", "mcq"),
+        ("Is it a polyp or an ulcer?", "mcq"),
+        ("Where is it? (a) upper-left (b) upper-right", "mcq"),
+        ("Where is it? a) upper-left b) upper-right", "mcq"),
+        ("Where is it? A. upper-left B. upper-right", "mcq"),
+        ("How many polyps? A) 1; B) 2", "mcq"),
+        ("What color is it? Pink, red, or white?", "mcq"),
+        ("What is shown: a polyp, an ulcer or nothing?", "mcq"),
+        ("When motion occurs, is the scope advancing or withdrawing?", "mcq"),
+        ("Is the polyp in the upper or lower left?", "mcq"),
+        # "or" that is no list of answers
+        ("Is there a polyp or an ulcer?", "yes_no"),
+        ("Are any polyps or ulcers visible?", "yes_no"),
+        ("Does the image show a polyp or an ulcer?", "yes_no"),
+        ("Is the polyp visible or not?", "yes_no"),
+        ("Is the polyp 5 mm or larger?", "yes_no"),
+        ("Is there a polyp? Answer yes or no.", "yes_no"),
+        ("Is there a polyp? Yes or no?", "yes_no"),
+        ("How many polyps or lesions are visible?", "count_numeric"),
+        ("How many polyps, large or small, are visible?", "count_numeric"),
+        ("In what quadrant or region does the lesion appear?", "open_ended"),
+        # words in odd places
+        ("What is the colour of the polyp?", "color"),
+        ("Which color is the mucosa?", "color"),
+        ("WHAT COLOUR IS IT", "color"),
+        ("What is seen in the color image?", "open_ended"),
+        ("Is the polyp colored?", "yes_no"),
+        ("How large is the polyp?", "size_numeric"),
+        ("How big is it?", "size_numeric"),
+        ("What is the diameter?", "size_numeric"),
+        ("What's the estimated diameter?", "size_numeric"),
+        ("Give the number of polyps", "count_numeric"),
+        ("What is the number of polyps?", "count_numeric"),
+        ("Is the number of polyps above 2?", "yes_no"),
+        ("Is the diameter larger than 2.5 mm?", "yes_no"),
+        ("In which quadrant, if present, is the polyp?", "open_ended"),
+        ("This is a colonoscopy. Is a polyp visible?", "yes_no"),
+        ("Question: is a polyp visible?", "yes_no"),
+        ("What do you see? Do not guess.", "open_ended"),
+        ("is there a polyp", "yes_no"),
+        ("  Is\n there a polyp? ", "yes_no"),
+        ("Island of mucosa: where?", "open_ended"),
+        ("Candida is visible where?", "open_ended"),
+        ("Is E. coli seen?", "yes_no"),
+        ("Select all that apply: (a) polyp (b) ulcer", "open_ended"),
+    ],
+)
+def test_question_type(question, expected):
+    assert question_type(question) == expected
+
+
+@pytest.mark.parametrize("question", ["", "  ", None])
+def test_an_empty_question_is_an_error(question):
+    with pytest.raises(ValueError, match="empty question"):
+        question_type(question)
+
+
+# --- candidates ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("Where is it? (a) upper-left (b) upper-right", ["upper-left", "upper-right"]),
+        ("Where is it? (a) upper-left, (b) upper-right, or (c) center?", ["upper-left", "upper-right", "center"]),
+        ("Where? A) upper left; B) lower right", ["upper left", "lower right"]),
+        ("Which? A. ulcerative colitis B. polyp C. E. coli", None),  # letters a, b, c, e: not read with certainty
+        ("Which? A. ulcerative colitis B. polyp\nAnswer with one letter.", ["ulcerative colitis", "polyp"]),
+        ("Size? (a) <5mm (b) 5-10mm (c) 2.5 mm", ["<5mm", "5-10mm", "2.5 mm"]),
+        ("Visible? (a) yes (b) no", ["yes", "no"]),
+        ("Is the polyp pink, red, or white?", ["pink", "red", "white"]),
+        ("Is the polyp pink, red or white?", ["pink", "red", "white"]),
+        ("Does the lesion move left, right, or up?", ["left", "right", "up"]),
+        ("Is the polyp Pink or Red?", ["Pink", "Red"]),
+        ("Is it a polyp or an ulcer?", ["polyp", "ulcer"]),
+        ("Is it either flat or raised?", ["flat", "raised"]),
+        ("Is the lesion upper-left or lower-right?", ["upper-left", "lower-right"]),
+        ("Is the scope primarily advancing or withdrawing in this sequence?", ["advancing", "withdrawing"]),
+        ("When motion occurs, is the scope advancing or withdrawing?", ["advancing", "withdrawing"]),
+        ("What is it, a polyp or an ulcer?", ["polyp", "ulcer"]),
+        ("What color is it? Pink, red, or white?", ["Pink", "red", "white"]),
+        ("Which is it: ulcerative colitis, a polyp, or a scar?", ["ulcerative colitis", "polyp", "scar"]),
+        # not certain, so no candidates
+        ("Is it a flat polyp or an ulcer?", None),
+        ("Is the polyp in the upper or lower left?", None),
+        ("Is it normal mucosa, a polyp, or ulcerative colitis?", None),
+        ("Which one? (a) (b)", None),
+        ("Which one: polyp, , or ulcer?", None),
+    ],
+)
+def test_mcq_candidates(question, expected):
+    assert answer_candidates(question, "mcq") == expected
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_candidates_of_a_question_without_options(type):
+    expected = ["yes", "no"] if type == "yes_no" else None
+    assert answer_candidates("Where is it?", type) == expected
+
+
+@pytest.mark.parametrize("question", ["Is it pink, red, or white?", "Where? A) left B) right"])
+def test_every_candidate_is_right_for_itself_only(question):
+    options = answer_candidates(question, question_type(question))
+    for prediction, answer in itertools.product(options, options):
+        assert score_answer(prediction, answer, "mcq")["exact"] == (prediction == answer)
+
+
+# --- normalise ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (None, ""),
+        ("", ""),
+        (" \t\n", ""),
+        ("!?", ""),
+        ("❌", ""),
+        ("Yes.", "yes"),
+        ("**Yes**", "yes"),
+        ("YES\u200b", "yes"),
+        ("ｙｅｓ", "yes"),
+        ("\ufeffno", "no"),
+        ("The Z-Line", "z line"),
+        ("a polyp", "polyp"),
+        ("polyp and the ulcer", "polyp and ulcer"),
+        ("A", "a"),
+        ("(a)", "a"),
+        ("LA grade A", "la grade a"),
+        ("theory", "theory"),
+        ("anal", "anal"),
+        ("Barrett’s", "barretts"),
+        ("barrett's", "barretts"),
+        ("lower_left", "lower left"),
+        ("two", "2"),
+        ("Twenty", "20"),
+        ("zero", "0"),
+        ("none", "none"),
+        ("someone", "someone"),
+        ("5-10mm", "5-10mm"),
+        ("5 - 10 mm", "5-10mm"),
+        ("5–10\u00a0mm", "5-10mm"),
+        ("5 mm - 1 cm", "5mm-1cm"),
+        ("> 20 mm", ">20mm"),
+        ("≥20mm", ">=20mm"),
+        ("≤ 5 mm", "<=5mm"),
+        ("2.5", "2.5"),
+        (".5 cm", ".5cm"),
+        ("5.", "5"),
+        ("1/2", "1/2"),
+        ("50%", "50%"),
+        ("≠5", "≠5"),
+        ("five-ten mm", "5-10mm"),
+        ("-5", "-5"),
+        (2, "2"),
+        ("नमस्ते", "नमस्ते"),  # vowel signs are no punctuation
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+EVERYTHING = " ".join(VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [
+        # nothing, or something that is no answer
+        ("", "yes"),
+        (" \n", "yes"),
+        (None, "yes"),
+        ("nan", "yes"),
+        (float("nan"), "no"),
+        ("?", "no"),
+        (";", "no"),
+        ("I don't know", "no"),
+        ("Is there a polyp?", "polyp"),
+        ("<ANS>yes</ANS>", "yes"),
+        ("yes<|im_end|>", "yes"),
+        # parts and wholes
+        ("normal", "no"),
+        ("no", "normal"),
+        ("none", "no"),
+        ("no", "none"),
+        ("not", "no"),
+        ("know", "no"),
+        ("not yes", "yes"),
+        ("yes no", "yes"),
+        ("yes no", "no"),
+        ("yes;no", "yes"),
+        ("yes, no", "no"),
+        ("y", "yes"),
+        ("yesyes", "yes"),
+        ("yes yes", "yes"),
+        ("no, normal", "no"),
+        ("¬yes", "yes"),
+        ("polyps", "polyp"),
+        ("female", "male"),
+        ("male", "female"),
+        ("abnormal", "normal"),
+        ("not normal", "normal"),
+        ("s", "yes"),
+        ("left", "upper-left"),
+        ("upper", "upper-left"),
+        ("adeno", "adenoma"),
+        (EVERYTHING, "yes"),
+        (EVERYTHING, "polyp"),
+        (EVERYTHING, "2"),
+        (EVERYTHING, "<5mm"),
+        (EVERYTHING, "pink;red"),
+        (";".join(VOCABULARY), "yes"),
+        (";".join(VOCABULARY), "pink;red"),
+        (";".join(VOCABULARY), "11-20mm"),
+        # sets
+        ("pink", "pink;red"),
+        ("pink;red", "pink"),
+        ("pink;red;white", "pink;red"),
+        ("pink red", "pink;red"),
+        ("pink, red", "pink;red"),
+        ("pink;white", "pink;red"),
+        ("pink;pink", "pink;red"),
+        ("pinkred", "pink;red"),
+        (";;", "pink;red"),
+        # labels
+        ("(b) upper-left", "(a) upper-left"),
+        ("A", "(a) upper-left"),
+        ("B. A mass", "A"),
+        ("(a)", "(b)"),
+        ("(a) upper-left", "upper-left"),
+        # numbers
+        ("12", "1"),
+        ("1", "12"),
+        ("2.5", "25"),
+        ("2 5", "2.5"),
+        ("2/5", "2.5"),
+        ("-2", "2"),
+        ("2 3", "2"),
+        ("2;3", "2"),
+        ("20 mm 30 mm", "20 mm"),
+        ("not 20 mm", "20 mm"),
+        ("0", "no"),
+        ("3", "2"),
+        ("5", "6"),
+        ("twenty-one", "20"),
+    ],
+)
+@pytest.mark.parametrize("type", ["yes_no", "mcq", "color", "open_ended", "a_type_of_the_data_set"])
+def test_wrong_answers(prediction, answer, type):
+    assert score_answer(prediction, answer, type) == {"exact": False, "tolerant": False}
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [
+        ("Yes", "yes"),
+        ("yes.", "yes"),
+        (" NO ", "no"),
+        ("**no**", "no"),
+        ("The polyp", "polyp"),
+        ("a polyp", "Polyp"),
+        ("upper left", "upper-left"),
+        ("Upper‑Left", "upper-left"),
+        ("Barrett’s", "barrett's"),
+        ("red; pink", "pink;red"),
+        ("pink;red", "Red ;PINK"),
+        ("pink; red; pink", "red;pink"),
+        ("pink;", "pink"),
+        ("two", "2"),
+        ("2", "two"),
+        ("2.", "2"),
+        (2, "2"),
+        ("11–20 mm", "11-20mm"),
+        ("≥ 20 mm", ">=20mm"),
+        ("20 MM", "20mm"),
+        ("five", 5),
+        ("None", "none"),
+        ("ﬁve", "5"),
+    ],
+)
+@pytest.mark.parametrize("type", TYPES)
+def test_right_answers(prediction, answer, type):
+    assert score_answer(prediction, answer, type) == {"exact": True, "tolerant": True}
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [
+        ("upper-left", "(a) upper-left"),
+        ("(a) upper-left", "(a) upper-left"),
+        ("Upper left", "A. upper-left"),
+        ("upper-left", "a) upper-left"),
+        ("mass", "A. A mass"),
+        ("A", "(a)"),
+        ("b", "B"),
+    ],
+)
+def test_the_text_of_an_option_is_enough(prediction, answer):
+    assert score_answer(prediction, answer, "mcq")["exact"]
+    if answer not in ("(a)", "B") and prediction != answer:
+        assert not score_answer(prediction, answer, "open_ended")["exact"]
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, tolerant",
+    [
+        # the same size, written otherwise
+        ("11 to 20mm", "11-20mm", True),
+        ("1.1-2 cm", "11-20mm", True),
+        ("1.1 cm - 2 cm", "11-20 mm", True),
+        ("11-20", "11-20mm", True),
+        ("> 2 cm", ">20mm", True),
+        ("≥20mm", ">20mm", True),
+        ("<0.5cm", "<5mm", True),
+        ("<5", "<5mm", True),
+        ("1.5cm", "15mm", True),
+        ("15 millimeters", "15mm", True),
+        ("15", "1.5 cm", True),
+        ("5 mm to 1 cm", "5-10mm", True),
+        ("10-20mm", "11-20mm", True),
+        (".5 cm", "5mm", True),
+        # one value
+        ("20 mm", "20 cm", False),
+        ("20 cm", "20 mm", False),
+        ("2 cm", "20", True),
+        ("16 mm", "15 mm", True),
+        ("17mm", "15mm", False),
+        ("55mm", "50mm", True),
+        ("56mm", "50mm", False),
+        ("20 mm or 30 mm", "20 mm", False),
+        ("20 mm 20 cm", "20 mm", False),
+        ("20;30", "20 mm", False),
+        ("not 20 mm", "2 cm", False),
+        ("200 mm", "20 mm", False),
+        ("-20 mm", "20 mm", False),
+        ("20 polyps", "20 mm", False),
+        ("mm", "20 mm", False),
+        # a value and a range
+        ("15 mm", "11-20mm", True),
+        ("1.1 cm", "11-20mm", True),
+        ("11", "11-20mm", True),
+        ("20", "11-20mm", True),
+        ("10.9 mm", "11-20mm", False),
+        ("21 mm", "11-20mm", False),
+        ("20 mm", ">20mm", False),
+        ("21mm", ">20mm", True),
+        ("20 mm", "≥20mm", True),
+        ("5 mm", "<5mm", False),
+        ("5mm", "≤5mm", True),
+        ("3 mm", "<5mm", True),
+        ("99999", ">20mm", True),
+        ("11-20mm", "15mm", False),
+        (">20mm", "30mm", False),
+        ("<5mm", "3mm", False),
+        ("<1mm", "1mm", False),
+        ("0-1mm", "1mm", False),
+        # two ranges
+        ("<5mm", ">5mm", False),
+        ("5-10mm", "<5mm", False),
+        ("5-10mm", "11-20mm", False),
+        ("0-100mm", "11-20mm", False),
+        ("12-18mm", "11-20mm", False),
+        ("20-11mm", "11-20mm", False),
+        (">0mm", ">20mm", False),
+        (">20cm", ">20mm", False),
+        ("11-20cm", "11-20mm", False),
+        ("5-10-20mm", "5-10mm", False),
+        (">5-10mm", "5-10mm", False),
+        # sets
+        ("11 to 20 mm; 0.5-1cm", "5-10mm;11-20mm", True),
+        ("7mm; 15mm", "11-20mm;5-10mm", True),
+        ("10mm;15mm", "5-20mm;10mm", True),
+        ("15mm;16mm", "5-10mm;11-20mm", False),
+        ("15mm", "5-10mm;11-20mm", False),
+        ("7mm;15mm;30mm", "5-10mm;11-20mm", False),
+        ("7mm; polyp", "5-10mm;11-20mm", False),
+        ("7mm; unclear", "5-10mm; unclear", False),
+        # no size at all
+        ("", "<5mm", False),
+        (None, "<5mm", False),
+        ("small", "<5mm", False),
+        ("not relevant", "<5mm", False),
+        ("5mm", "not relevant", False),
+        ("What is the size of the polyp?", "5mm", False),
+        (EVERYTHING, "5mm", False),
+    ],
+)
+def test_sizes(prediction, answer, tolerant):
+    score = score_answer(prediction, answer, "size_numeric")
+    assert score == {"exact": False, "tolerant": tolerant}
+    assert score_answer(prediction, answer, "open_ended") == {"exact": False, "tolerant": False}
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, tolerant",
+    [
+        ("2 polyps", "2", True),
+        ("There are two polyps.", "2", True),
+        ("2", "2 polyps", True),
+        ("I see 0", "zero", True),
+        ("2 polyps, 2", "2", True),
+        ("3", "2", False),
+        ("7", "8", False),
+        ("2 polyps and 3 ulcers", "2", False),
+        ("2-3", "2", False),
+        ("<2", "2", False),
+        (">2", "2", False),
+        ("2.5", "2", False),
+        ("2 mm", "2", False),
+        ("2mm", "2", False),
+        ("-2", "2", False),
+        ("~2", "2", False),
+        ("20%", "20", False),
+        ("not 2", "2", False),
+        ("2 or more", "2", False),
+        ("more than 2", "2", False),
+        ("at least two", "2", False),
+        ("12", "2", False),
+        ("no polyps", "0", False),
+        ("none", "0", False),
+        ("many", "2", False),
+        ("", "0", False),
+        (None, "0", False),
+        ("0 1 2 3 4 5", "2", False),
+        (EVERYTHING, "2", False),
+        ("2", "2;3", False),
+        ("polyp", "none", False),
+    ],
+)
+def test_counts(prediction, answer, tolerant):
+    assert score_answer(prediction, answer, "count_numeric") == {"exact": False, "tolerant": tolerant}
+
+
+@pytest.mark.parametrize("answer", ["", " ", None, "nan", "NaN", " nan ", float("nan"), ";", "?", "...", "≥"])
+@pytest.mark.parametrize("type", TYPES)
+def test_a_row_without_an_answer_is_never_scored(answer, type):
+    for prediction in (answer, "", "yes"):
+        with pytest.raises(ValueError, match="the true answer is empty"):
+            score_answer(prediction, answer, type)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_each_answer_of_a_vocabulary_is_right_for_itself_only(type):
+    assert len(VOCABULARY) >= 60 and len(VOCABULARY) == len(set(VOCABULARY))
+    for prediction, answer in itertools.product(VOCABULARY, VOCABULARY):
+        score = score_answer(prediction, answer, type)
+        assert score["exact"] == (normalise(prediction) == normalise(answer)) == (prediction == answer), (
+            prediction,
+            answer,
+        )
+        assert score["tolerant"] or not score["exact"]
+        if type != "size_numeric":  # there, 16 is a value inside 11-20mm
+            assert score["tolerant"] == score["exact"], (prediction, answer)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "1" * 5000,
+        "1" * 5000 + "mm",
+        "a;" * 5000,
+        "(" * 5000,
+        "\ud800",
+        "-" * 5000,
+    ],
+)
+@pytest.mark.parametrize("type", TYPES)
+def test_no_prediction_stops_the_scoring(prediction, type):
+    assert score_answer(prediction, "11-20mm;5-10mm", type) == {"exact": False, "tolerant": False}
+    assert score_answer(prediction, "2", type) == {"exact": False, "tolerant": False}
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the SurgViVQA annotations are not here")
+def test_types_of_the_real_surgical_questions():
+    files = sorted(ANNOTATIONS.glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    yes_no = [row for row in rows if row["short_answer"] in ("yes", "no")]
+    missed = {row["question"] for row in yes_no if question_type(row["question"]) != "yes_no"}
+    others = [row for row in rows if row["short_answer"] not in ("yes", "no")]
+    wrongly = {row["question"] for row in others if question_type(row["question"]) == "yes_no"}
+    assert len(yes_no) > 2000 and not missed and not wrongly
+    for row in rows:
+        assert score_answer(row["short_answer"], row["short_answer"], question_type(row["question"]))["exact"]
+        candidates = answer_candidates(row["question"], question_type(row["question"]))
+        assert candidates is None or row["short_answer"] in candidates, row["question"]
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def record(kind, answer, prediction, group):
+    scored = score_answer(prediction, answer, kind)
+    known = {"question_type": kind, "answer": answer, "group": group}
+    return {**known, "correct": scored["exact"], "tolerant": scored["tolerant"]}
+
+
+def test_missing_predictions_stay_in_the_denominator():
+    records = [record("yes_no", "yes", p, i) for i, p in enumerate(["yes", None, "", "no"])]
+    overall = summarise(records, {"yes_no": "yes"})["all"]
+    assert (overall["n"], overall["exact"], overall["majority"]) == (4, 0.25, 1.0)
+
+
+def test_the_floor_is_the_training_majority_of_each_type():
+    majority = majority_answers([("yes_no", "no"), ("yes_no", "no"), ("yes_no", "yes"), ("color", "pink")])
+    assert majority == {"yes_no": "no", "color": "pink"}
+    records = [record("yes_no", "yes", "yes", 0), record("yes_no", "no", "yes", 1), record("mcq", "left", "left", 2)]
+    results = summarise(records, majority)
+    assert results["types"]["yes_no"]["majority"] == 0.5
+    assert results["types"]["mcq"]["majority"] == 0.0  # never seen in training: nothing to say
+    assert results["macro"]["exact"] == (0.5 + 1.0) / 2 and results["all"]["exact"] == 2 / 3
+
+
+def test_the_interval_resamples_whole_groups():
+    # ten groups of twenty questions, all right or all wrong: as uncertain as ten coin flips, not as two hundred
+    clustered = [record("yes_no", "yes", "yes" if g % 2 else "no", g) for g in range(10) for _ in range(20)]
+    alone = [{**r, "group": i} for i, r in enumerate(clustered)]
+    low, high = summarise(clustered, {})["all"]["interval"]
+    low_alone, high_alone = summarise(alone, {})["all"]["interval"]
+    assert high - low > 3 * (high_alone - low_alone) > 0.3
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="no rows"):
+        summarise([], {})
+
+
+def test_table_shows_the_floor_beside_each_figure():
+    table = results_table(summarise([record("yes_no", "yes", "yes", 0)], {"yes_no": "no"}))
+    assert table.splitlines()[1].split()[:5] == ["yes_no", "1", "100.0%", "100.0%", "0.0%"]
+    assert table.splitlines()[2].startswith("all ") and "95 % interval" in table
