@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,11 +160,13 @@ class StopSignal:
     """Notes SIGTERM, SIGUSR1 (Slurm's warning) or SIGINT; the loop asks after each step. A second one exits at once."""
 
     def __init__(self):
-        self.received = None
+        self.received, self.process = None, os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
+        if os.getpid() != self.process:  # a worker that reads media, stopped by the trainer when it is done
+            return
         if self.received:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
@@ -325,17 +328,22 @@ def check_media(folder: Path, rows, open_media) -> list[Problem]:
 
     A row has where, id, split, group and media, a list of names.
     """
-    problems, faults, first = [], {}, {}
-    for row in tqdm(rows, desc="media", unit="row", disable=not sys.stderr.isatty()):
-        for name in row.media:
-            if name not in faults:
-                try:
-                    open_media(folder, name)
-                    faults[name] = None, file_sha256(folder / name)
-                except ValueError as error:
-                    faults[name] = str(error), None
+    names = list(dict.fromkeys(name for row in rows for name in row.media))
+
+    def look(name: str) -> tuple[str | None, str | None]:
+        try:
+            open_media(folder, name)
+            return None, file_sha256(folder / name)
+        except ValueError as error:
+            return str(error), None
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
+        looked = tqdm(pool.map(look, names), "media", len(names), unit="file", disable=not sys.stderr.isatty())
+        faults = dict(zip(names, looked, strict=True))
+    problems, first = [], {}
+    for row in rows:
         broken = [faults[name][0] for name in row.media if faults[name][0]]
-        shared = [("group", row.group, row.group)] + [("file", name, faults[name][1]) for name in row.media]
+        shared = [("group", row.group, row.group), *(("file", name, faults[name][1]) for name in row.media)]
         for what, name, key in shared if not broken else []:
             other = first.setdefault((what, key), row)
             if other.split != row.split:
@@ -402,21 +410,62 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
     """The checkpoint that --resume names: a folder, or with "auto" the newest of the run whose manifest holds."""
-    if resume == "none":
-        return None
-    if resume != "auto":
-        folder = Path(resume)
-        fault = checkpoint_fault(folder)
+    if resume not in ("auto", "none"):
+        fault = checkpoint_fault(Path(resume))
         if fault:
             raise SystemExit(f"--resume {resume}: {fault}")
-        return folder
-    for folder in sorted((run / "checkpoints").glob("step-????????"), reverse=True):
+        return Path(resume)
+    folders = sorted((run / "checkpoints").glob("step-????????"), reverse=True)
+    if resume == "none" and folders:
+        raise SystemExit(f"{run} holds checkpoints of an earlier run: use another --out, or --resume auto to go on")
+    for folder in folders:
         fault = checkpoint_fault(folder)
         if not fault:
             print(f"resuming from {folder}")
             return folder
         print(f"passing over {folder}: {fault}")
+    if folders:  # starting over without a word would lose the run
+        raise SystemExit(f"no checkpoint of {run} is whole; restore one, or start again with another --out")
     return None
+
+
+# what may not change when a run goes on
+SAME_SETTINGS = [
+    "tune",
+    "lora_r",
+    "lora_alpha",
+    "rslora",
+    "lora_dropout",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "seed",
+    "questions_per_step",
+    "pack_tokens",
+    "share_prefix",
+    "sentinels",
+    "dtype",
+]
+
+
+def adopt_settings(checkpoint: Path, args: argparse.Namespace) -> None:
+    """For answering and merging: take from the checkpoint what decides which parameters it holds."""
+    same = json.loads((checkpoint / "state.json").read_text())["same"]
+    for name in ("tune", "lora_r", "lora_alpha", "rslora", "sentinels"):
+        if getattr(args, name) != same[name]:
+            print(f"{name} {same[name]} (from {checkpoint})")
+            setattr(args, name, same[name])
+
+
+def resume(checkpoint: Path, same: dict, optimizer: torch.optim.Optimizer, parameters: dict) -> int:
+    """Restore optimizer and random numbers; returns the step. Exits where a setting in `same` has changed since."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in same.items() if state["same"].get(k) != v]
+    if changed:
+        raise SystemExit(f"{checkpoint} is of another run: {'; '.join(changed)}. Use another --out")
+    load_optimizer(checkpoint / "optimizer.safetensors", optimizer, parameters)
+    return state["step"]
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> None:

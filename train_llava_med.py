@@ -19,11 +19,12 @@ import random
 import shutil
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -61,9 +62,8 @@ def parse_arguments(argv):
     add("--endovis-split", choices=list(ENDOVIS), help="which of the two published splits (required for this data)")
     add("--endovis-answers", choices=["Classification", "Sentence"], default="Classification")
     args = parser.parse_args(argv)
-    for needed in ["data", "out"] if not (args.count_params or args.merge) else ["out"] * bool(args.merge):
-        if getattr(args, needed) is None:
-            parser.error(f"--{needed} is required")
+    if not (args.count_params or args.merge) and (args.data is None or args.out is None):
+        parser.error("--data and --out are required")
     print(runtime.describe_settings(parser, args, argv))
     return args
 
@@ -160,6 +160,9 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
     if answer is None or not str(answer).strip() or str(answer).strip().lower() == "nan":
         raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
     kind = entry.get("question_type") or common.question_type(question)
+    candidates = entry.get("answer_candidates")
+    if candidates and common.normalise(answer) not in map(common.normalise, candidates):
+        raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
     image = find_image(data, name)
     return Row(
         where=where,
@@ -169,7 +172,7 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
         question=question.strip(),
         answer=str(answer).strip(),
         question_type=kind,
-        candidates=entry.get("answer_candidates") or common.answer_candidates(question, kind),
+        candidates=candidates or common.answer_candidates(question, kind),
         group=str(entry.get("group") or image),
         history=list(history),
     )
@@ -502,10 +505,11 @@ def load_model(folder: Path, args, text: Text, device, dtype) -> LlavaMed:
     return LlavaMed(llava, dtype)
 
 
-def verify_first_batch(model: LlavaMed, rows: list[dict], text: Text) -> None:
+def verify_first_batch(model: LlavaMed, rows: list[dict], run) -> None:
     """Before step 0: the placeholders of the real first batch against the features of the real model."""
     with torch.no_grad():
         for row in rows:
+            row = to_device(row, run.device)
             features = model.image_features(row["pixel_values"])  # (images, features, width)
             common.check_placeholders(row["input_ids"], model.image_id, features.shape[0] * features.shape[1])
     print(f"image tokens: {features.shape[1]} per image, ID {model.image_id} — verified")
@@ -529,6 +533,21 @@ def count_parameters(folder: Path, args) -> None:
     print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
 
 
+def merge(folder: Path, text: Text, faults: list[Problem], args) -> None:
+    """Write model + adapter as one plain folder."""
+    if faults:
+        raise SystemExit("\n".join(map(str, faults)))
+    checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
+    if checkpoint is None:
+        raise SystemExit("--merge needs a checkpoint: give its run with --out, or --resume FOLDER")
+    runtime.adopt_settings(checkpoint, args)
+    device, dtype = runtime.pick_device(args.device, args.dtype)
+    model = load_model(folder, args, text, device, dtype)
+    common.load_trained(model.llava, checkpoint)
+    write_model(model.llava, text, folder, Path(args.merge), dtype)
+    print(f"wrote {args.merge}")
+
+
 def write_model(llava, text: Text, source: Path, target: Path, dtype) -> None:
     """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
     target.mkdir(parents=True, exist_ok=True)
@@ -542,6 +561,17 @@ def write_model(llava, text: Text, source: Path, target: Path, dtype) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Training loop: the same text in every script (BEGIN)
 # ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What stays the same from the first step to the last answer."""
+
+    args: object
+    folder: Path
+    device: torch.device
+    text: object  # the script's own: tokenizer and what belongs to it
+    read_media: object  # prompt trees of a row -> {"pixel_values": …}
 
 
 class Steps(Dataset):
@@ -580,13 +610,14 @@ def to_device(row: dict, device: torch.device) -> dict:
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
 
 
-def train(model, optimizer, plan, start, read_media, validate, save, args, run: Path, device) -> float:
+def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float:
     """Steps start+1 … len(plan); returns the last step's loss. validate() gives a loss, save(step) a checkpoint."""
+    args, device = run.args, run.device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = Steps(plan[start:], args.pack_tokens, read_media)
+    steps = Steps(plan[start:], args.pack_tokens, run.read_media)
     # a generator of its own: starting the loader must not draw from the one that dropout uses
     loader = DataLoader(steps, batch_size=None, num_workers=args.workers, generator=torch.Generator())
-    metrics = runtime.Metrics(run / "metrics.jsonl", start, len(plan))
+    metrics = runtime.Metrics(run.folder / "metrics.jsonl", start, len(plan))
     stop = runtime.StopSignal()
     loss = math.nan
     model.train()
@@ -656,22 +687,21 @@ def media_reader(data: Path, processor):
 
 
 @torch.no_grad()
-def mean_loss(model, prompts, read_media, args, device) -> float:
+def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
     model.eval()
     total, tokens = 0.0, 0
-    for row in packed_rows(prompts, read_media, args):
-        loss, count = model(to_device(row, device))
+    for row in packed_rows(prompts, run):
+        loss, count = model(row)
         total, tokens = total + float(loss), tokens + int(count)
     return total / tokens
 
 
-def packed_rows(prompts, read_media, args):
-    """Packed rows with media, a few trees at a time: memory does not grow with the number of rows."""
-    batches = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    for rows in DataLoader(
-        Steps(batches, args.pack_tokens, read_media), None, num_workers=args.workers, generator=torch.Generator()
-    ):
-        yield from rows
+def packed_rows(prompts: list[Prompt], run: Run):
+    """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
+    few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
+    loader = DataLoader(few, batch_size=None, num_workers=run.args.workers, generator=torch.Generator())
+    for rows in loader:
+        yield from (to_device(row, run.device) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -685,83 +715,85 @@ def candidate_tokens(row: Row, answers: list[str], text: Text) -> list[tuple[lis
 
 
 @torch.no_grad()
-def answer(model, prompts, rows: dict[str, Row], text: Text, read_media, args, device) -> dict[str, dict]:
+def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict[str, dict]:
     """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
     model.eval()
-    found = {}
-    candidates = {i: row.candidates if args.decode != "free" else None for i, row in rows.items()}
-    decoded = [t for t in prompts if args.decode != "score" or not all(candidates[i] for i in t.ids)]
-    shown = tqdm(total=len(rows), desc="answering", unit="question", disable=not sys.stderr.isatty())
-    for packed in packed_rows([common.answering_prompt(t) for t in decoded], read_media, args):
-        ids = [i for prompt in packed["prompts"] for i in prompt.ids]
-        tries = []
-        for i in ids:
-            branches = candidate_tokens(rows[i], candidates[i], text) if candidates[i] else []
-            tries.append(common.build_trie([[t for t in labels if t != IGNORE] for _, labels in branches]) or None)
-        packed = to_device(packed, device)
+    mode, tokenizer = run.args.decode, run.text.tokenizer
+    found = score_candidates(model, prompts, rows, run) if mode == "score" else {}
+    left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in prompts]
+    left = [common.answering_prompt(tree) for tree in left if tree.ids]
+    shown = tqdm(total=len(rows) - len(found), desc="answering", unit="question", disable=not sys.stderr.isatty())
+    for packed in packed_rows(left, run):
+        ids = [name for tree in packed["prompts"] for name in tree.ids]
+        tries = [allowed_answers(rows[name], run.text) if mode == "trie" else None for name in ids]
 
-        def read(input_ids, position_ids, mask, cache, pixel_values=packed["pixel_values"]):
+        def read(input_ids, position_ids, mask, cache, images=packed["pixel_values"]):
             # the images belong to the first reading; afterwards they are in the cache
-            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else pixel_values)
+            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else images)
 
-        limits = [args.max_answer_tokens] * len(ids)
-        for i, tokens in zip(
-            ids, common.decode(read, model.lm_head, packed, text.tokenizer.eos_token_id, limits, tries), strict=True
-        ):
-            found[i] = {"prediction": text.tokenizer.decode(tokens, skip_special_tokens=True).strip()}
-            shown.update(1)
-    if args.decode == "score":
-        found |= score_candidates(model, prompts, rows, text, read_media, args, device)
+        limits = [run.args.max_answer_tokens] * len(ids)
+        answers = common.decode(read, model.lm_head, packed, tokenizer.eos_token_id, limits, tries)
+        for name, tokens in zip(ids, answers, strict=True):
+            found[name] = {"prediction": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+        shown.update(len(ids))
     shown.close()
     return found
 
 
-def score_candidates(model, prompts, rows, text, read_media, args, device) -> dict[str, dict]:
+def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
+    return [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates or []]
+
+
+def allowed_answers(row: Row, text: Text) -> dict | None:
+    """The trie of the answers that are allowed, EOS included."""
+    learned = [[t for t in labels if t != IGNORE] for _, labels in candidate_branches(row, text)]
+    return common.build_trie(learned) or None
+
+
+def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict[str, dict]:
     """Every allowed answer as a branch of its own: the exact argmax, with probabilities."""
     trees = []
     for tree in prompts:
-        names = [(i, candidate) for i in tree.ids for candidate in rows[i].candidates or []]
-        if names:
-            branches = [b for i in tree.ids for b in candidate_tokens(rows[i], rows[i].candidates or [], text)]
-            trees.append(Prompt(tree.prefix, branches, names, tree.media))
-    scores: dict[str, dict] = {}
-    for packed in packed_rows(trees, read_media, args):
-        names = [name for prompt in packed["prompts"] for name in prompt.ids]
-        packed = to_device(packed, device)
+        pairs = [(name, candidate) for name in tree.ids for candidate in rows[name].candidates or []]
+        branches = [branch for name in tree.ids for branch in candidate_branches(rows[name], run.text)]
+        if pairs:
+            trees.append(Prompt(tree.prefix, branches, pairs, tree.media))
+    scores = defaultdict(dict)
+    for packed in packed_rows(trees, run):
         mask = common.visible(packed["document"], packed["branch"])
         hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, packed["pixel_values"])
-        for (i, candidate), score in zip(
-            names, common.branch_log_probs(hidden, model.lm_head, packed).tolist(), strict=True
-        ):
-            scores.setdefault(i, {})[candidate] = score
+        pairs = [pair for tree in packed["prompts"] for pair in tree.ids]
+        log_probs = common.branch_log_probs(hidden, model.lm_head, packed).tolist()
+        for (name, candidate), log_prob in zip(pairs, log_probs, strict=True):
+            scores[name][candidate] = log_prob
     found = {}
-    for i, by_candidate in scores.items():
+    for name, by_candidate in scores.items():
         chances = torch.tensor(list(by_candidate.values())).softmax(0).tolist()
-        chances = dict(zip(by_candidate, chances, strict=True))
-        found[i] = {"prediction": max(chances, key=chances.get), "probabilities": chances}
+        probabilities = dict(zip(by_candidate, chances, strict=True))
+        found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
     return found
 
 
-def evaluate(model, prompts, rows: list[Row], train_rows: list[Row], text, read_media, args, device, run: Path) -> dict:
+def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row], run: Run) -> dict:
     """Answer, score, write predictions.jsonl and results.json, print the table."""
-    by_id = {row.id: row for row in rows}
     begun = time.monotonic()
-    found = answer(model, prompts, by_id, text, read_media, args, device)
+    found = answer(model, prompts, {row.id: row for row in rows}, run)
     seconds = time.monotonic() - begun
     records = []
-    for row in rows:
-        prediction = found.get(row.id, {}).get("prediction")
-        scored = common.score_answer(prediction, row.answer, row.question_type)
+    for row in rows:  # every row, answered or not
+        answered = found.get(row.id, {"prediction": None})
+        scored = common.score_answer(answered["prediction"], row.answer, row.question_type)
         known = {"id": row.id, "group": row.group, "image": row.image, "question_type": row.question_type}
-        known |= {"question": row.question, "answer": row.answer, **found.get(row.id, {})}
+        known |= {"question": row.question, "answer": row.answer, **answered}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
     majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
     results = common.summarise(records, majority)
-    results |= {"split": args.eval_split, "decode": args.decode, "questions_per_s": len(rows) / seconds}
-    runtime.write_jsonl(run / "predictions.jsonl", records)
-    runtime.write_json(run / "results.json", results)
+    results |= {"split": run.args.eval_split, "decode": run.args.decode, "questions_per_s": len(rows) / seconds}
+    runtime.write_jsonl(run.folder / "predictions.jsonl", records)
+    runtime.write_json(run.folder / "results.json", results)
     print(common.results_table(results))
-    print(f"answered {len(rows)} questions in {seconds:.1f} s; {run / 'predictions.jsonl'}, {run / 'results.json'}")
+    print(f"answered {len(rows)} questions in {seconds:.1f} s, listed in {run.folder / 'predictions.jsonl'}")
     return results
 
 
@@ -773,101 +805,89 @@ def evaluate(model, prompts, rows: list[Row], train_rows: list[Row], text, read_
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     if args.count_params:
         count_parameters(runtime.model_folder(args.model, weights=False), args)
         return
-    run = Path(args.out)
-
-    # the data is proved before any weights are read
+    # ---- the data is proved before any weights are read ----
     folder = runtime.model_folder(args.model, weights=not args.check)
     text, processor, faults, pad_line = load_text(folder, args)
     if args.merge:
-        splits, trees = {}, {}
-    else:
-        data = Path(args.data)
-        splits, trees = check_data(data, args, text, faults, pad_line)
-        read_media = media_reader(data, processor)
+        merge(folder, text, faults, args)
+        return
+    data = Path(args.data)
+    splits, trees = check_data(data, args, text, faults, pad_line)
     if args.check:
-        print_first_row((splits["train"] or splits["test"])[0], text)
+        print_first_row(next(rows[0] for rows in splits.values() if rows), text)
         print("check passed")
         return
+    if args.overfit:
+        splits = dict.fromkeys(splits, splits["train"][: args.overfit])
+        trees = {s: build_prompts(rows, text, args)[0] for s, rows in splits.items()}
+        args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
+        args.out = f"{args.out}/overfit"
+        shutil.rmtree(args.out, ignore_errors=True)
 
+    # ---- model ----
     torch.manual_seed(args.seed)
     device, dtype = runtime.pick_device(args.device, args.dtype)
-    if args.overfit:
-        run, args.resume, args.epochs, args.max_steps = run / "overfit", "none", args.overfit_steps, args.overfit_steps
-        splits["train"] = splits["train"][: args.overfit]
-        trees["train"] = build_prompts(splits["train"], text, args)[0]
+    run = Run(args, Path(args.out), device, text, media_reader(data, processor))
+    checkpoint = runtime.find_checkpoint(run.folder, args.resume)
+    if args.eval_only:
+        if checkpoint is None or not splits[args.eval_split]:
+            what = f"a {args.eval_split} split" if checkpoint else f"a checkpoint in {run.folder}; give --resume FOLDER"
+            raise SystemExit(f"--eval-only needs {what}")
+        runtime.adopt_settings(checkpoint, args)
     model = load_model(folder, args, text, device, dtype)
     trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
     share = sum(p.numel() for p in trained.values()) / sum(p.numel() for p in model.parameters())
     print(f"{device.type}, {dtype}; {sum(p.numel() for p in trained.values()):,} parameters trained ({share:.2%})")
-
-    checkpoint = runtime.find_checkpoint(run, args.resume)
-    if (args.eval_only or args.merge) and checkpoint is None:
-        raise SystemExit(f"no whole checkpoint in {run / 'checkpoints'}; give --resume FOLDER")
     if checkpoint:
         common.load_trained(model.llava, checkpoint)
-    if args.merge:
-        write_model(model.llava, text, folder, Path(args.merge), dtype)
-        print(f"wrote {args.merge}")
-        return
-    evaluated = splits["train"] if args.overfit else splits[args.eval_split]
-    evaluated_trees = trees["train"] if args.overfit else trees[args.eval_split]
     if args.eval_only:
-        evaluate(model, evaluated_trees, evaluated, splits["train"], text, read_media, args, device, run)
+        evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
         return
 
+    # ---- plan, optimizer, and the place to go on from ----
     plan = make_plan(trees["train"], args)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
-    # what must be the same for a resumed run to be the same run
-    same = {
-        k: getattr(args, k) for k in ("seed", "tune", "lora_r", "lora_alpha", "lr", "questions_per_step", "pack_tokens")
-    }
-    same |= {
-        "steps": len(plan),
-        "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"]),
-        "share_prefix": args.share_prefix,
-    }
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
+    same |= {"steps": len(plan), "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
     start = 0
     if checkpoint:
-        state = json.loads((checkpoint / "state.json").read_text())
-        changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in same.items() if state["same"].get(k) != v]
-        if changed:
-            raise SystemExit(
-                f"{checkpoint} is of another run: {'; '.join(changed)}. Use --resume none or another --out"
-            )
-        runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
-        start = state["step"]
+        start = runtime.resume(checkpoint, same, optimizer, trained)
     else:
-        runtime.write_json(run / "config.json", {**runtime.describe_run(args, argv), "same": same})
+        runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 
     def save(step):
         def write(target):
             common.save_trained(model.llava, target)
             runtime.save_optimizer(target / "optimizer.safetensors", optimizer, trained)
 
-        runtime.save_checkpoint(run, step, write, {"step": step, "same": same}, args.keep)
+        runtime.save_checkpoint(run.folder, step, write, {"step": step, "same": same}, args.keep)
 
     def validate():
-        return mean_loss(model, trees["val"], read_media, args, device)
+        return mean_loss(model, trees["val"], run)
 
+    # ---- train ----
     print(f"{len(plan)} steps of at most {args.questions_per_step} questions, from step {start}")
-    verify_first_batch(model, [to_device(r, device) for r in Steps(plan, args.pack_tokens, read_media)[0]], text)
+    verify_first_batch(model, Steps(plan, args.pack_tokens, run.read_media)[0], run)
     if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
-        print(f"loss before training: {mean_loss(model, trees['val'][:2], read_media, args, device):.4f}")
-    loss = train(model, optimizer, plan, start, read_media, validate if trees["val"] else None, save, args, run, device)
-
+        print(f"loss before training: {mean_loss(model, trees['val'][:2], run):.4f}")
+    loss = train(model, optimizer, plan, start, validate if trees["val"] else None, save, run)
     if args.tune == "full":
-        write_model(model.llava, text, folder, run / "model", dtype)
+        write_model(model.llava, text, folder, run.folder / "model", dtype)
     else:
-        common.save_adapter(model.llava, run / "adapter")
-    if evaluated:
-        results = evaluate(model, evaluated_trees, evaluated, splits["train"], text, read_media, args, device, run)
+        common.save_adapter(model.llava, run.folder / "adapter")
+
+    # ---- answer ----
+    if splits[args.eval_split]:
+        results = evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
     if args.overfit:
-        wrong = results["all"]["n"] - round(results["all"]["exact"] * results["all"]["n"])
+        wrong = round((1 - results["all"]["exact"]) * results["all"]["n"])
         print(f"overfit: loss {loss:.4f} (must be below {args.overfit_loss}), {wrong} answers wrong (must be none)")
-        if not (loss < args.overfit_loss and wrong == 0):
+        if wrong or not loss < args.overfit_loss:
             raise SystemExit(1)
 
 

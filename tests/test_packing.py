@@ -1,0 +1,490 @@
+"""Packing is exact: prompt trees in packed rows give the loss and gradients of separate rows in transformers' own
+forward, and each way of getting the mask, the positions or the mean wrong is caught by the same comparison."""
+
+import signal
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+import common
+import train_llava_med as script
+from common import IGNORE, Prompt, pack, plan_steps, supervised_loss, visible
+
+
+def tree(prefix: int, *branches: int, name="t") -> Prompt:
+    """A tree of parts of these lengths; all its tokens differ, and the last of each branch is learned."""
+    tokens = iter(range(1, 10_000))
+    first, *rest = [[next(tokens) for _ in range(length)] for length in (prefix, *branches)]
+    rest = [(ids, [IGNORE] * (len(ids) - 1) + ids[-1:]) for ids in rest]
+    return Prompt(first, rest, [f"{name}{i}" for i in range(len(branches))], media=name)
+
+
+def random_trees(seed: int, count: int = 12) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=draw))
+
+    return [tree(number(1, 9), *(number(2, 9) for _ in range(number(1, 12))), name=f"{n}.") for n in range(count)]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def test_row_has_the_written_layout():
+    (row,) = pack([tree(3, 2, 3, name="a"), tree(2, 2, name="b")], max_tokens=12)
+    assert row["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]]
+    assert row["labels"].tolist() == [[-100, -100, -100, -100, 5, -100, -100, 8, -100, -100, -100, 4]]
+    assert row["document"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
+    assert row["branch"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]]
+    assert row["ends"].tolist() == [4, 7, 11]
+    assert [prompt.media for prompt in row["prompts"]] == ["a", "b"]
+
+
+def test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_rows():
+    image = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 2, 2], [0, 1, 2, 1, 4]])  # time, height, width
+    a, b = tree(5, 2, 3), tree(2, 2)
+    a.prefix_positions, b.prefix_positions = image, torch.tensor([[0, 1]] * 3)
+    (row,) = pack([a, b], max_tokens=14)
+    after = [5, 6, 5, 6, 7, 0, 1, 2, 3]
+    assert row["position_ids"].shape == (3, 1, 14)
+    assert row["position_ids"][:, 0].tolist() == [[*positions, *after] for positions in image.tolist()]
+
+
+def test_trees_are_placed_first_fit_longest_first():
+    rows = pack([tree(1, length - 1) for length in (3, 4, 5, 6, 7)], max_tokens=11)
+    assert [[len(prompt) for prompt in row["prompts"]] for row in rows] == [[7, 4], [6, 5], [3]]
+
+
+def test_a_tree_longer_than_a_row_is_divided_and_its_prefix_repeated():
+    rows = pack([tree(4, 3, 3, 3)], max_tokens=10)
+    assert [row["input_ids"].tolist()[0] for row in rows] == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 11, 12, 13]]
+    assert [row["position_ids"].tolist()[0] for row in rows] == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
+    assert [row["prompts"][0].ids for row in rows] == [["t0", "t1"], ["t2"]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_branch_is_packed_once_without_padding_and_within_the_limit(seed):
+    trees = random_trees(seed)
+    branches = {name: (t.prefix, *branch) for t in trees for name, branch in zip(t.ids, t.branches, strict=True)}
+    rows = pack(trees, max_tokens=40)
+    seen = []
+    for row in rows:
+        T = row["input_ids"].shape[1]
+        assert T <= 40
+        assert sum(len(prompt) for prompt in row["prompts"]) == T  # no padding
+        assert all(row[name].shape == (1, T) for name in ("labels", "document", "branch", "position_ids"))
+        names = [name for prompt in row["prompts"] for name in prompt.ids]
+        for name, end in zip(names, row["ends"].tolist(), strict=True):
+            prefix, input_ids, labels = branches[name]
+            start = end + 1 - len(input_ids)
+            assert row["input_ids"][0, start : end + 1].tolist() == input_ids
+            assert row["labels"][0, start : end + 1].tolist() == labels
+            own_prefix = (row["document"] == row["document"][0, end]) & (row["branch"] == 0)
+            assert row["input_ids"][own_prefix].tolist() == prefix
+            assert row["position_ids"][0, end] == len(prefix) + len(input_ids) - 1
+        seen += names
+    assert Counter(seen) == Counter(branches.keys())
+
+
+def test_packing_is_deterministic():
+    first, second = pack(random_trees(3), 40), pack(random_trees(3), 40)
+    assert [row["input_ids"].tolist() for row in first] == [row["input_ids"].tolist() for row in second]
+    assert [[p.ids for p in row["prompts"]] for row in first] == [[p.ids for p in row["prompts"]] for row in second]
+
+
+def test_a_branch_that_does_not_fit_is_named():
+    assert len(pack([tree(5, 2, 5)], max_tokens=10)) == 2
+    with pytest.raises(ValueError, match=r"row t1 needs 10 tokens, more than --pack-tokens 9"):
+        pack([tree(5, 2, 5)], max_tokens=9)
+
+
+def test_a_branch_that_begins_with_a_learned_token_is_refused():
+    prompt = Prompt([1, 2], [([3, 4], [IGNORE, 4]), ([5, 6], [5, 6])], ["good", "bad"])
+    with pytest.raises(ValueError, match=r"row bad: the branch's first token is learned"):
+        pack([prompt], max_tokens=10)
+
+
+# --- the visibility rule ----------------------------------------------------------------------------------------
+
+
+def may_see(document, branch, q, k):
+    """The rule as it is written: same document, k not after q, and k's branch is 0 or q's branch."""
+    return document[q] == document[k] and k <= q and branch[k] in (0, branch[q])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_visible_is_the_written_rule(seed):
+    draw = torch.Generator().manual_seed(seed)
+    T = 30
+    document = torch.randint(1, 4, (1, T), generator=draw)
+    branch = torch.randint(0, 4, (1, T), generator=draw)
+    d, b = document[0].tolist(), branch[0].tolist()
+    expected = [[may_see(d, b, q, k) for k in range(T)] for q in range(T)]
+    assert visible(document, branch).tolist() == [[expected]]
+    for last in (1, 2, 7, T):
+        assert visible(document, branch, last).tolist() == [[expected[-last:]]]
+
+
+def test_visible_draws_the_picture_in_the_source():
+    (row,) = pack([tree(3, 2, 2, name="a"), tree(2, 2, name="b")], max_tokens=11)
+    picture = [
+        "x . . . . . . . . . .",
+        "x x . . . . . . . . .",
+        "x x x . . . . . . . .",
+        "x x x x . . . . . . .",
+        "x x x x x . . . . . .",
+        "x x x . . x . . . . .",
+        "x x x . . x x . . . .",
+        ". . . . . . . x . . .",
+        ". . . . . . . x x . .",
+        ". . . . . . . x x x .",
+        ". . . . . . . x x x x",
+    ]
+    drawn = [" ".join("x" if seen else "." for seen in line) for line in visible(row["document"], row["branch"])[0, 0]]
+    assert drawn == picture
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plan_has_every_question_once_and_no_step_over_the_limit(seed):
+    trees = random_trees(seed, count=30)
+    steps = plan_steps(trees, questions_per_step=8, seed=seed, epoch=0)
+    assert max(sum(len(t.ids) for t in step) for step in steps) <= 8
+    planned = [(name, branch) for step in steps for t in step for name, branch in zip(t.ids, t.branches, strict=True)]
+    given = [(name, branch) for t in trees for name, branch in zip(t.ids, t.branches, strict=True)]
+    assert sorted(planned) == sorted(given)
+
+
+def test_plan_divides_a_tree_larger_than_a_step():
+    steps = plan_steps([tree(3, *[2] * 7)], questions_per_step=3, seed=0, epoch=0)
+    assert sorted(t.ids for step in steps for t in step) == [["t0", "t1", "t2"], ["t3", "t4", "t5"], ["t6"]]
+    assert all(t.prefix == [1, 2, 3] for step in steps for t in step)
+
+
+def test_plan_fills_a_step_before_it_starts_the_next():
+    steps = plan_steps([tree(3, 2, 2, name=str(n)) for n in range(10)], questions_per_step=4, seed=0, epoch=0)
+    assert [len(step) for step in steps] == [2, 2, 2, 2, 2]
+
+
+def test_plan_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        return [[t.ids for t in step] for step in plan_steps(random_trees(0, 30), 8, seed, epoch)]
+
+    first = order(0, 0)
+    torch.manual_seed(99)
+    plan_steps(random_trees(0, 30), 8, 5, 5)  # other plans in between change nothing
+    assert order(0, 0) == first
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------
+
+
+def test_supervised_loss_is_cross_entropy_over_the_full_logits():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(1, 20, 8), torch.nn.Linear(8, 13)
+    labels = torch.randint(0, 13, (1, 20)).masked_fill(torch.rand(1, 20) < 0.6, IGNORE)
+    labels[0, 0] = 5  # no token stands before it: it cannot be predicted
+    loss, tokens = supervised_loss(hidden, head, labels)
+    expected = F.cross_entropy(head(hidden)[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert tokens == sum(label != IGNORE for label in labels[0, 1:].tolist())
+
+
+def test_supervised_loss_computes_logits_of_learned_positions_alone():
+    seen = []
+    labels = torch.tensor([[IGNORE, IGNORE, 3, 4, IGNORE, 5]])
+    hidden = torch.arange(6.0).view(1, 6, 1).expand(1, 6, 7)
+    supervised_loss(hidden, lambda h: seen.append(h) or h, labels)
+    assert seen[0][:, 0].tolist() == [1, 2, 4]
+
+
+def test_a_row_without_learned_tokens_has_loss_zero_and_finite_gradients():
+    hidden, head = torch.randn(1, 5, 8, requires_grad=True), torch.nn.Linear(8, 13)
+    loss, tokens = supervised_loss(hidden, head, torch.full((1, 5), IGNORE))
+    loss.backward()
+    assert (loss.item(), tokens.item()) == (0.0, 0)
+    assert hidden.grad.abs().max() == 0
+    assert head.weight.grad.abs().max() == 0
+
+
+# --- equality with transformers' own forward --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(demo_folder):
+    """The demo's training trees, what reads their images, and the script's arguments."""
+    args = script.parse_arguments(
+        ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
+    )
+    args.lora_dropout = 0.0
+    text, processor, _, _ = script.load_text(demo_folder / "model", args)
+    rows, _ = script.read_data(demo_folder / "data", args)
+    trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
+    read_media = script.media_reader(demo_folder / "data", processor)
+    return SimpleNamespace(args=args, folder=demo_folder, trees=trees, read_media=read_media)
+
+
+def load(data, tune: str) -> script.LlavaMed:
+    data.args.tune = tune
+    llava = LlavaForConditionalGeneration.from_pretrained(data.folder / "model")
+    script.prepare(llava, data.args)
+    torch.manual_seed(0)
+    for layer in common.lora_layers(llava).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)  # at zero, A would have no gradient
+    return script.LlavaMed(llava, torch.float32)
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def model(request, data):
+    return load(data, request.param)
+
+
+@pytest.fixture(scope="module")
+def full(data):
+    return load(data, "full")
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    """The loss and the gradient of every trained parameter that has one."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def packed(model, data, trees, max_tokens=4096):
+    rows = [{**row, **data.read_media(row["prompts"])} for row in pack(trees, max_tokens)]
+    return gradients(model, sum(model(row)[0] for row in rows))
+
+
+def separate(model, data, trees):
+    """Each question in a row of its own through transformers' forward: no mask, no positions, nothing of ours."""
+    total = 0
+    for prompt in trees:
+        pixel_values = data.read_media([prompt])["pixel_values"]
+        for input_ids, labels in prompt.branches:
+            ids = torch.tensor([prompt.prefix + input_ids])
+            logits = model.llava(input_ids=ids, pixel_values=pixel_values).logits[0]
+            for t in range(ids.shape[1]):
+                if t >= len(prompt.prefix) and labels[t - len(prompt.prefix)] != IGNORE:
+                    total = total - logits[t - 1].log_softmax(-1)[ids[0, t]]
+    return gradients(model, total)
+
+
+def difference(found: dict, expected: dict) -> float:
+    """The largest relative difference of the loss and of any parameter's gradient."""
+    assert found.keys() == expected.keys()
+    # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=0.1)) for n in expected)
+
+
+def test_full_tuning_compares_every_parameter_that_the_features_come_from(data, full):
+    found = packed(full, data, data.trees[:1])
+    without = [name for name, _ in full.named_parameters() if name not in found]
+    unused = ("llava.model.vision_tower.encoder.layers.2.", "llava.model.vision_tower.post_layernorm.")
+    assert all(name.startswith(unused) for name in without)  # features are read before the last layer
+
+
+def test_shared_prefix_equals_separate_rows(data, model):
+    (prompt,) = [t for t in data.trees if len(t.ids) >= 9][:1]
+    prompt = prompt.part(range(9))
+    assert difference(packed(model, data, [prompt]), separate(model, data, [prompt])) < 1e-5
+
+
+def test_several_trees_in_a_row_equal_separate_rows(data, model):
+    trees = [prompt.part(range(4)) for prompt in data.trees[:4]]
+    assert len(pack(trees, 4096)) == 1
+    assert difference(packed(model, data, trees), separate(model, data, trees)) < 1e-5
+
+
+def test_several_trees_in_a_row_equal_one_tree_a_row(data, model):
+    longest = max(len(prompt) for prompt in data.trees[:4])
+    assert len(pack(data.trees[:4], longest)) == 4
+    assert difference(packed(model, data, data.trees[:4]), packed(model, data, data.trees[:4], longest)) < 1e-5
+
+
+def test_a_divided_tree_equals_the_whole_tree(data, model):
+    prompt = data.trees[0]
+    assert len(pack([prompt], 120)) > 1
+    assert difference(packed(model, data, [prompt], 120), packed(model, data, [prompt])) < 1e-5
+
+
+def own_document_only(document, branch):
+    """Forgets the branches: a question sees the questions and answers before it."""
+    return visible(document, torch.zeros_like(branch))
+
+
+def own_branch_only(document, branch):
+    """Forgets the documents: a question sees the image of another tree."""
+    return visible(torch.ones_like(document), branch)
+
+
+def nothing_of_the_prefix(document, branch):
+    return visible(document * 1000 + branch, branch)
+
+
+def also_what_follows(document, branch):
+    mask = visible(document, branch)
+    return mask | mask.transpose(2, 3)
+
+
+@pytest.mark.parametrize("wrong", [own_document_only, own_branch_only, nothing_of_the_prefix, also_what_follows])
+def test_a_wrong_mask_is_caught(data, full, monkeypatch, wrong):
+    trees = [prompt.part(range(4)) for prompt in data.trees[:2]]
+    right = packed(full, data, trees)
+    monkeypatch.setattr(common, "visible", wrong)
+    assert difference(packed(full, data, trees), right) > 1e-3
+
+
+def straight_on(row):
+    return {"position_ids": torch.arange(row["input_ids"].shape[1])[None]}
+
+
+def straight_on_within_the_tree(row):
+    return {"position_ids": torch.cat([torch.arange(len(prompt)) for prompt in row["prompts"]])[None]}
+
+
+def images_in_another_order(row):
+    return {"pixel_values": row["pixel_values"].flip(0)}
+
+
+def labels_one_late(row):
+    return {"labels": row["labels"].roll(1)}
+
+
+@pytest.mark.parametrize("wrong", [straight_on, straight_on_within_the_tree, images_in_another_order, labels_one_late])
+def test_wrong_positions_images_or_labels_are_caught(data, full, wrong):
+    trees = [prompt.part(range(4)) for prompt in data.trees[:2]]
+    (row,) = pack(trees, 4096)
+    row |= data.read_media(row["prompts"])
+    right = gradients(full, full(row)[0])
+    assert difference(gradients(full, full({**row, **wrong(row)})[0]), right) > 1e-3
+
+
+# --- accumulation -----------------------------------------------------------------------------------------------
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that keeps the gradients of its step and changes nothing."""
+
+    def step(self, closure=None):
+        self.gradients = {str(i): p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"])}
+
+
+@pytest.fixture
+def signals_restored():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_path, signals_restored):
+    model = load(data, "lora")
+    trees = [prompt.part(range(n)) for n, prompt in enumerate(data.trees[:7], start=1)]
+    trees.append(data.trees[7].part(range(1)))
+    trees[-1].branches = [(ids + ids[-5:] * 8, labels + ids[-5:] * 8) for ids, labels in trees[-1].branches]
+
+    def step(rows, max_tokens):
+        assert len(pack(trees, max_tokens)) == rows
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = Recorder(parameters)
+        args = SimpleNamespace(**{**vars(data.args), "pack_tokens": max_tokens, "clip": 1e9})
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        run = script.Run(args, folder, torch.device("cpu"), None, data.read_media)
+        loss = script.train(model, optimizer, [trees], 0, None, lambda step: None, run)
+        return {"loss": torch.tensor(loss), **optimizer.gradients}
+
+    once, eight_times = step(rows=1, max_tokens=4096), step(rows=8, max_tokens=max(len(t) for t in trees))
+    assert difference(eight_times, once) < 1e-5
+
+    means = []
+    for row in pack(trees, max(len(t) for t in trees)):
+        loss, tokens = model({**row, **data.read_media(row["prompts"])})
+        means.append(loss / tokens)
+    mean_of_means = gradients(model, sum(means) / len(means))
+    right = torch.cat([once[name].flatten() for name in once if name != "loss"])
+    wrong = torch.cat([mean_of_means[name].flatten() for name in mean_of_means if name != "loss"])
+    assert (wrong - right).norm() / right.norm() > 0.1
+
+
+# --- M-RoPE -----------------------------------------------------------------------------------------------------
+
+
+def test_mrope_trees_equal_separate_rows_of_qwen2_vl():
+    image, start, end = 60, 58, 59
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1,
+            "embed_dim": 16,
+            "num_heads": 2,
+            "hidden_size": 32,
+            "patch_size": 4,
+            "initializer_range": 0.3,
+        },
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    torch.manual_seed(0)
+    qwen = Qwen2VLForConditionalGeneration(config)
+    trees = []
+    for name, (height, width) in {"wide": (4, 8), "high": (6, 4)}.items():  # patches; 2 x 2 of them make a token
+        grid = torch.tensor([[1, height, width]])
+        prefix = [5, 6, start, *[image] * (height * width // 4), end, 7]
+        positions, _ = qwen.model.get_rope_index(
+            torch.tensor([prefix]), mm_token_type_ids=(torch.tensor([prefix]) == image).int(), image_grid_thw=grid
+        )
+        branches = [([8 + i, 9, 10, 11 + i], [IGNORE, IGNORE, 10, 11 + i]) for i in range(3)]
+        media = {"pixel_values": torch.randn(height * width, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+        trees.append(Prompt(prefix, branches, [f"{name}{i}" for i in range(3)], media, positions[:, 0]))
+
+    total = 0
+    for prompt in trees:
+        for input_ids, _ in prompt.branches:
+            ids = torch.tensor([prompt.prefix + input_ids])
+            logits = qwen(input_ids=ids, mm_token_type_ids=(ids == image).int(), **prompt.media).logits[0]
+            total = total + F.cross_entropy(logits[-3:-1], ids[0, -2:], reduction="sum")
+    expected = gradients(qwen, total)
+
+    def in_one_row(positions=None):
+        (row,) = pack(trees, max_tokens=200)
+        media = [prompt.media for prompt in row["prompts"]]
+        pixels, grids = (torch.cat([m[key] for m in media]) for key in ("pixel_values", "image_grid_thw"))
+        features = torch.cat(qwen.model.get_image_features(pixels, grids).pooler_output)
+        places = (row["input_ids"] == image).unsqueeze(-1)
+        embeds = qwen.get_input_embeddings()(row["input_ids"]).masked_scatter(places, features)
+        hidden = qwen.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=visible(row["document"], row["branch"]),
+            position_ids=row["position_ids"] if positions is None else positions(row),
+        ).last_hidden_state
+        return gradients(qwen, supervised_loss(hidden, qwen.lm_head, row["labels"])[0])
+
+    assert difference(in_one_row(), expected) < 1e-5
+
+    for prompt in trees:
+        prompt.prefix_positions = None  # 1-D positions, as for a model without M-RoPE
+    assert difference(in_one_row(lambda row: row["position_ids"].expand(3, 1, -1)), expected) > 1e-3
