@@ -28,7 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
+import safetensors
 import torch
+import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -251,6 +254,18 @@ def _safetensors_fault(path: Path) -> str | None:
     return None if size == expected else f"{size} bytes instead of {expected}: truncated; download it again"
 
 
+def image_processor(folder: Path):
+    """The checkpoint's image processor, always through Pillow: the same pixels whether torchvision is there or not."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text())
+            kind = config.get("image_processor", config).get("image_processor_type")
+            if kind:
+                kind = kind.removesuffix("Fast").removesuffix("Pil")
+                return getattr(transformers, f"{kind}Pil").from_pretrained(folder)
+    raise SystemExit(f"--model {folder}: no preprocessor_config.json that names an image_processor_type")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 5  Reading data
 # ------------------------------------------------------------------------------------------------------------
@@ -431,21 +446,8 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
 
 # what may not change when a run goes on
 SAME_SETTINGS = [
-    "tune",
-    "lora_r",
-    "lora_alpha",
-    "rslora",
-    "lora_dropout",
-    "lr",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "seed",
-    "questions_per_step",
-    "pack_tokens",
-    "share_prefix",
-    "sentinels",
-    "dtype",
+    *("tune", "lora_r", "lora_alpha", "rslora", "lora_dropout", "lr", "warmup", "weight_decay", "clip"),
+    *("seed", "questions_per_step", "pack_tokens", "share_prefix", "sentinels", "dtype"),
 ]
 
 
@@ -515,10 +517,6 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def describe_run(args: argparse.Namespace, argv: list[str]) -> dict:
     """What config.json records: settings, command, versions, commit."""
-    import numpy
-    import safetensors
-    import transformers
-
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     modules = (torch, transformers, safetensors, numpy)

@@ -28,7 +28,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
 
 import common
 import runtime
@@ -280,7 +280,7 @@ def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
     print(pad_line)
     bos = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
     config = AutoConfig.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = runtime.image_processor(folder)
     size = getattr(processor, "crop_size", None) or processor.size
     features = features_per_image(config)
     if (size["height"], size["width"]) != (config.vision_config.image_size,) * 2:

@@ -122,7 +122,8 @@ class Turns:
         self.wait()
 
     def wait(self) -> None:
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # the main process has ended
+            raise SystemExit(1)
         self.begun = time.perf_counter()
 
     def finished(self, losses: list[float]) -> None:
@@ -141,9 +142,8 @@ def ours(plan: list[list[Prompt]], args, out: Path, turns: Turns) -> None:
         return {"pixel_values": torch.stack([pixels(prompt.media) for prompt in prompts])}
 
     optimizer = make_optimizer(model, args)
-    train_llava_med.train(
-        model, optimizer, plan, 0, read_media, None, turns.step_done, args, out, torch.device(args.device)
-    )
+    run = train_llava_med.Run(args=args, folder=out, device=torch.device("cpu"), text=None, read_media=read_media)
+    train_llava_med.train(model, optimizer, plan, 0, validate=None, save=turns.step_done, run=run)
     turns.finished([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
 
 
@@ -264,7 +264,7 @@ class Side:
         self.result["seconds"].append(self.listen()["seconds"])
 
     def finish(self) -> dict:
-        self.process.stdin.close()
+        self.process.stdin.write("\n")
         self.result |= self.listen()
         self.process.wait()
         timed = self.result["seconds"][WARM_UP:]

@@ -32,7 +32,7 @@ def random_trees(seed: int, count: int = 12) -> list[Prompt]:
     return [tree(number(1, 9), *(number(2, 9) for _ in range(number(1, 12))), name=f"{n}.") for n in range(count)]
 
 
-# --- rows -------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------
 
 
 def test_row_has_the_written_layout():
@@ -110,7 +110,7 @@ def test_a_branch_that_begins_with_a_learned_token_is_refused():
         pack([prompt], max_tokens=10)
 
 
-# --- the visibility rule ----------------------------------------------------------------------------------------
+# --- the visibility rule ---------------------------------------------------------------------------------------
 
 
 def may_see(document, branch, q, k):
@@ -150,7 +150,7 @@ def test_visible_draws_the_picture_in_the_source():
     assert drawn == picture
 
 
-# --- steps ------------------------------------------------------------------------------------------------------
+# --- steps -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -185,7 +185,7 @@ def test_plan_depends_on_seed_and_epoch_alone():
     assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------
+# --- the loss --------------------------------------------------------------------------------------------------
 
 
 def test_supervised_loss_is_cross_entropy_over_the_full_logits():
@@ -216,7 +216,7 @@ def test_a_row_without_learned_tokens_has_loss_zero_and_finite_gradients():
     assert head.weight.grad.abs().max() == 0
 
 
-# --- equality with transformers' own forward --------------------------------------------------------------------
+# --- equality with transformers' own forward -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_wrong_positions_images_or_labels_are_caught(data, full, wrong):
     assert difference(gradients(full, full({**row, **wrong(row)})[0]), right) > 1e-3
 
 
-# --- accumulation -----------------------------------------------------------------------------------------------
+# --- accumulation ----------------------------------------------------------------------------------------------
 
 
 class Recorder(torch.optim.SGD):
@@ -419,7 +419,7 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
     assert (wrong - right).norm() / right.norm() > 0.1
 
 
-# --- M-RoPE -----------------------------------------------------------------------------------------------------
+# --- M-RoPE ----------------------------------------------------------------------------------------------------
 
 
 def test_mrope_trees_equal_separate_rows_of_qwen2_vl():

@@ -1,0 +1,301 @@
+"""A run that is stopped and started again is the same run, bit for bit on a CPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import read_lines, read_tensors, refused, run
+
+import train_llava_med
+
+ROOT = Path(train_llava_med.__file__).parent
+# 40 questions of five images, at most 12 a step: 5 steps an epoch. Dropout draws random numbers in every step.
+LORA = ["--limit", 40, "--questions-per-step", 12, "--epochs", 2, "--lora-dropout", 0.1, "--lr", 1e-3]
+LORA += ["--save-every", 1, "--keep", 100, "--eval-every", 2, "--max-answer-tokens", 1]
+FULL = [*LORA, "--tune", "full", "--max-steps", 5]
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def whole(demo_folder, tmp_path_factory):
+    """A run that nothing disturbed. Tests must not write here."""
+    out = tmp_path_factory.mktemp("resume") / "whole"
+    run(demo_folder, out, *LORA)
+    assert len(list(out.glob("checkpoints/step-*"))) == STEPS
+    return out
+
+
+def stopped_copy(whole: Path, out: Path, step: int, cut: bool = False) -> Path:
+    """The run folder as a kill after `step` leaves it; with `cut` also the next line of the metrics, half written."""
+    shutil.copytree(whole, out)
+    for name in ("adapter", "predictions.jsonl", "results.json"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in out.glob("checkpoints/step-*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    if cut:
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        upto = [line for line in lines if json.loads(line)["step"] <= step]
+        after = lines[len(upto)] if len(upto) < len(lines) else '{"step": 11, "epoch": 2.2}'
+        (out / "metrics.jsonl").write_text("".join(upto) + after[: len(after) // 2])
+    return out
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what is measured by the clock."""
+    measured = {"tokens_per_s", "questions_per_s", "peak_memory_mb"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
+
+
+def assert_same_run(out: Path, whole: Path, steps: int = STEPS) -> None:
+    last = f"checkpoints/step-{steps:08d}"
+    for folder in (last, "adapter" if (whole / "adapter").exists() else "model"):
+        mine, theirs = read_tensors(out / folder), read_tensors(whole / folder)
+        assert mine.keys() == theirs.keys() and mine
+        assert [k for k in mine if not torch.equal(mine[k], theirs[k])] == []
+    assert ("optimizer.safetensors", "rng cpu") in read_tensors(out / last)
+    assert metrics_of(out) == metrics_of(whole)
+    assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+
+
+def stop_in(monkeypatch, step: int) -> None:
+    """A SIGTERM in the middle of `step`, received by the script's own handler."""
+    rate = train_llava_med.learning_rate
+
+    def signalled(at, *rest):
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(at, *rest)
+
+    monkeypatch.setattr(train_llava_med, "learning_rate", signalled)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_undisturbed_run_takes_every_row_once_an_epoch_and_shuffles(demo_folder, whole):
+    steps = [line for line in metrics_of(whole) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    first, second = ([i for line in half for i in line["ids"]] for half in (steps[:5], steps[5:]))
+    rows = [row["id"] for row in read_lines(demo_folder / "data" / "train.jsonl")[:40]]
+    assert sorted(first) == sorted(second) == sorted(rows)
+    assert first != second
+    assert [line["step"] for line in metrics_of(whole) if "val_loss" in line] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["metrics whole", "metrics cut"])
+@pytest.mark.parametrize("step", [2, 5, 7, STEPS])
+def test_stopped_after_any_step_and_resumed_it_is_the_same_run(demo_folder, whole, tmp_path, capsys, step, cut):
+    out = stopped_copy(whole, tmp_path / "run", step, cut)
+    run(demo_folder, out, *LORA)
+    assert f"resuming from {out}/checkpoints/step-{step:08d}\n" in capsys.readouterr().out
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["between validations", "where a validation is due"])
+def test_a_signal_stops_after_the_step_with_exit_code_85(demo_folder, whole, tmp_path, monkeypatch, capsys, step):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        stop_in(patch, step)
+        run(demo_folder, out, *LORA)
+    assert caught.value.code == 85
+    assert f"stopped by SIGTERM after step {step}; the same command goes on from there" in capsys.readouterr().out
+    assert sorted(p.name for p in out.glob("checkpoints/*"))[-1] == f"step-{step:08d}"
+    run(demo_folder, out, *LORA)
+    assert_same_run(out, whole)
+
+
+def test_a_stopped_run_with_full_tuning_and_a_worker_is_the_same_run(demo_folder, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(demo_folder, whole, *FULL)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
+        stop_in(patch, 3)
+        run(demo_folder, out, *FULL, "--workers", 1)  # workers change nothing, neither before nor after
+    run(demo_folder, out, *FULL, "--workers", 1)
+    assert_same_run(out, whole, steps=5)
+
+
+# what Slurm sends at the time limit goes to every process of the job, the reading workers included
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_real_process_stopped_by_a_signal_is_the_same_run(demo_folder, tmp_path, workers):
+    flags = [*LORA, "--epochs", 8, "--workers", workers, "--keep", 2]
+    run(demo_folder, tmp_path / "whole", *flags)
+    out = tmp_path / "run"
+    argv = ["--model", demo_folder / "model", "--data", demo_folder / "data", "--out", out, *flags]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_llava_med.py", *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 85, text
+    assert "SIGTERM: finishing this step, then saving" in text
+    steps = [line["step"] for line in read_lines(metrics) if "loss" in line]
+    assert 3 <= steps[-1] < 40
+    run(demo_folder, out, *flags)
+    assert_same_run(out, tmp_path / "whole", steps=40)
+
+
+def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    run(demo_folder, out, *LORA)
+    assert f"{STEPS} steps of at most 12 questions, from step {STEPS}\n" in capsys.readouterr().out
+    assert_same_run(out, whole)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Another run
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lr", 2e-3], "lr was 0.001, is 0.002"),
+        (["--seed", 1], "seed was 0, is 1"),
+        (["--limit", 39], "rows was "),
+        (["--epochs", 3], "steps was 10, is 15"),
+        (["--questions-per-step", 64], "questions_per_step was 12, is 64"),
+        (["--pack-tokens", 512], "pack_tokens was 4096, is 512"),
+        (["--no-share-prefix"], "share_prefix was True, is False"),
+        (["--sentinels", "keep"], "rows was "),
+        (["--lora-alpha", 8], "lora_alpha was 32, is 8.0"),
+        (["--lora-r", 8], "lora_r was 16, is 8"),
+        (["--tune", "full"], "tune was lora, is full"),
+        (["--lora-dropout", 0.2], "lora_dropout was 0.1, is 0.2"),
+        (["--rslora"], "rslora was False, is True"),
+        (["--warmup", 0.5], "warmup was 0.03, is 0.5"),
+        (["--weight-decay", 0.1], "weight_decay was 0.0, is 0.1"),
+        (["--clip", 0.5], "clip was 1.0, is 0.5"),
+        (["--dtype", "bf16"], "dtype was fp32, is bf16"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_a_changed_setting_is_refused_by_name(demo_folder, whole, tmp_path, flags, named):
+    out = stopped_copy(whole, tmp_path / "run", 2)
+    text = refused(demo_folder, out, *LORA, *flags)
+    assert text.startswith(f"{out}/checkpoints/step-00000002 is of another run: ")
+    assert named in text
+    assert "Use --resume none or another --out" in text
+
+
+def test_a_changed_answer_in_the_data_is_refused(demo_folder, whole, tmp_path):
+    out = stopped_copy(whole, tmp_path / "run", 2)
+    other = tmp_path / "other"
+    shutil.copytree(demo_folder / "data", other / "data")
+    (other / "model").symlink_to(demo_folder / "model")
+    train = other / "data" / "train.jsonl"
+    train.write_text(train.read_text().replace('"answer": "yes"', '"answer": "no"', 1))
+    assert "is of another run: rows was " in refused(other, out, *LORA)
+
+
+def test_resume_none_starts_over_and_its_own_checkpoints_stay(demo_folder, whole, tmp_path):
+    """The old run's later checkpoints must neither push the new ones out nor be resumed."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    flags = [*LORA, "--keep", 2]
+    run(demo_folder, out, *flags, "--resume", "none", "--max-steps", 4)
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-00000003", "step-00000004"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Broken checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cut_adapter(folder):
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+
+def flip_optimizer(folder):
+    with (folder / "optimizer.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+BREAK = {
+    "adapter_model.safetensors does not match its sha256": cut_adapter,
+    "optimizer.safetensors does not match its sha256": flip_optimizer,
+    "state.json is missing": lambda folder: (folder / "state.json").unlink(),
+    "no readable manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", BREAK)
+def test_a_broken_newest_checkpoint_is_passed_over_by_name(demo_folder, whole, tmp_path, capsys, fault):
+    out = stopped_copy(whole, tmp_path / "run", 8)
+    BREAK[fault](out / "checkpoints" / "step-00000008")
+    run(demo_folder, out, *LORA)
+    text = capsys.readouterr().out
+    assert f"passing over {out}/checkpoints/step-00000008: {fault}" in text
+    assert f"resuming from {out}/checkpoints/step-00000007\n" in text
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("fault", BREAK)
+def test_resume_of_a_broken_folder_is_refused(demo_folder, whole, tmp_path, fault):
+    out = stopped_copy(whole, tmp_path / "run", 8)
+    folder = out / "checkpoints" / "step-00000008"
+    BREAK[fault](folder)
+    assert refused(demo_folder, out, *LORA, "--resume", folder).startswith(f"--resume {folder}: {fault}")
+
+
+def test_resume_of_a_folder_goes_on_from_there(demo_folder, whole, tmp_path):
+    out = stopped_copy(whole, tmp_path / "run", 8)
+    run(demo_folder, out, *LORA, "--resume", out / "checkpoints" / "step-00000006")
+    assert_same_run(out, whole)
+
+
+def test_a_checkpoint_left_half_written_does_no_harm(demo_folder, whole, tmp_path, capsys):
+    out = stopped_copy(whole, tmp_path / "run", 8)
+    for step in (8, 9, 10):  # killed while it was written, before the rename
+        half = out / "checkpoints" / f"step-{step:08d}.writing"
+        half.mkdir()
+        (half / "adapter_model.safetensors").write_bytes(b"half")
+    run(demo_folder, out, *LORA)
+    assert f"resuming from {out}/checkpoints/step-00000008\n" in capsys.readouterr().out
+    assert_same_run(out, whole)
+
+
+def test_a_kill_while_saving_leaves_the_earlier_checkpoints_whole(demo_folder, whole, tmp_path, monkeypatch):
+    out = stopped_copy(whole, tmp_path / "run", 7)
+
+    def killed(path, optimizer, parameters):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_llava_med.runtime, "save_optimizer", killed)
+        run(demo_folder, out, *LORA)
+    assert (out / "checkpoints" / "step-00000008.writing").exists()
+    assert not (out / "checkpoints" / "step-00000008").exists()
+    run(demo_folder, out, *LORA)
+    assert_same_run(out, whole)
+
+
+def test_only_the_newest_checkpoints_are_kept(demo_folder, tmp_path):
+    run(demo_folder, tmp_path, *LORA, "--keep", 2, "--save-every", 3, "--max-steps", 8)
+    assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000006", "step-00000008"]
