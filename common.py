@@ -467,6 +467,8 @@ def save_adapter(model: nn.Module, folder) -> None:
         for key, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
     first = next(iter(layers.values()))
+    if any((m.r, m.alpha, m.rslora) != (first.r, first.alpha, first.rslora) for m in layers.values()):
+        raise ValueError("layers with different r or alpha cannot be saved: adapter_config.json names one of each")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(model, "name_or_path", ""),
@@ -501,8 +503,13 @@ def load_adapter(model: nn.Module, folder) -> list[str]:
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    unsupported = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "fan_in_fan_out")
+    unsupported = [
+        *("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "fan_in_fan_out"),
+        *("use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
+    ]
     used = [key for key in unsupported if config.get(key)]
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        used.append("init_lora_weights")  # these change the base weights too, which the file does not hold
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
         raise ValueError(f"{folder}: only plain LoRA adapters can be loaded ({used or config.get('peft_type')})")
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,11 @@ import numpy
 import safetensors
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+Image.MAX_IMAGE_PIXELS = None  # open_image has a cap of its own; Pillow's would warn first and raise later
 EXIT_STOPPED = 85  # a signal ended the run after a saved step: start it again to go on
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,6 +219,13 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
     problems = [f"{p}: a download that did not finish; run it again" for p in sorted(folder.rglob("*.incomplete"))]
     if not (folder / "config.json").is_file():
         problems.append(f"{folder / 'config.json'}: missing")
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            problems.append(f"{path}: truncated or not JSON ({error}); download it again")
+    if problems:
+        return problems
     if not weights:
         return problems
     index = folder / "model.safetensors.index.json"
@@ -286,7 +293,11 @@ class Problem:
 def read_jsonl(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
     """The objects of a JSON-lines file, each with its "file:line", and the lines that are none."""
     rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 inside a text
+    except UnicodeDecodeError as error:
+        return [], [Problem(path.name, None, f"not UTF-8 ({error}); convert the file")]
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -323,8 +334,7 @@ def open_image(folder: Path, name: str, max_pixels: int = 50_000_000) -> Image.I
     """Decode a JPEG or PNG of the data folder completely, as RGB. Raises ValueError that names the file and fault."""
     path = inside(folder, name)
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=["JPEG", "PNG"]) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused two lines below
+        with Image.open(path, formats=["JPEG", "PNG"]) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}; scale it down")
             if getattr(image, "n_frames", 1) > 1:
@@ -333,8 +343,8 @@ def open_image(folder: Path, name: str, max_pixels: int = 50_000_000) -> Image.I
                 raise ValueError(f"colour mode {image.mode}; convert it to RGB")
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "neither JPEG nor PNG" if isinstance(error, Image.UnidentifiedImageError) else error
+    except Exception as error:  # damaged files make a decoder raise anything
+        what = "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name} cannot be read: {what}") from None
 
 

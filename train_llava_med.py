@@ -132,7 +132,13 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
 def read_file(data: Path, path: Path, split: str | None):
     """Rows of a JSON-lines file (canonical or Kvasir-VQA) or of LLaVA conversations (.json)."""
     if path.suffix == ".json":
-        entries = [(f"{path.name}[{i}]", entry) for i, entry in enumerate(json.loads(path.read_text("utf-8")))]
+        try:
+            entries = [
+                (f"{path.name}[{i}]", dict(entry)) for i, entry in enumerate(json.loads(path.read_text("utf-8")))
+            ]
+        except (ValueError, TypeError) as error:
+            yield Problem(path.name, None, f"not a JSON list of conversations ({error}); mend the file")
+            return
         problems = [] if entries else [Problem(path.name, None, "the file holds no conversations")]
     else:
         entries, problems = runtime.read_jsonl(path)
@@ -161,8 +167,11 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
         raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
     kind = entry.get("question_type") or common.question_type(question)
     candidates = entry.get("answer_candidates")
-    if candidates and common.normalise(answer) not in map(common.normalise, candidates):
-        raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
+    if candidates is not None:
+        if not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates):
+            raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
+        if common.normalise(answer) not in map(common.normalise, candidates):
+            raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
     image = find_image(data, name)
     return Row(
         where=where,
@@ -195,9 +204,15 @@ def split_of(image: str) -> str:
 def conversation_rows(data: Path, where: str, entry: dict, split: str | None):
     """One row for each answer of a LLaVA conversation, with the turns before it as its history."""
     turns = entry["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("conversations must be a list of turns")
     roles = [t.get("from") for t in turns]
-    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError(f"turns must alternate human, gpt; there are {roles}")
+    if (
+        not turns
+        or roles != ["human", "gpt"] * (len(turns) // 2)
+        or not all(isinstance(t.get("value"), str) for t in turns)
+    ):
+        raise ValueError(f"turns must alternate human, gpt, each with a text as its value; there are {roles}")
     if turns[0]["value"].count(IMAGE) != 1:
         raise ValueError(f"the first turn must hold {IMAGE} once, for its image")
     history = []
@@ -253,7 +268,7 @@ class Text:
     """What turns a row into tokens: read from the checkpoint's folder, no weights needed."""
 
     tokenizer: object
-    image_id: int
+    image_id: int | None  # None where config.json has it wrong
     features: int  # placeholders an image stands for
     bos: list[int]  # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
     keep_sentinels: bool
@@ -270,13 +285,16 @@ def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
     problems = []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    image_id = -1
+    image_id = None
     try:
-        image_id = common.image_token_id(config_file)
-        common.register_placeholder(tokenizer, IMAGE, image_id)
+        common.register_placeholder(tokenizer, IMAGE, common.image_token_id(config_file))
+        image_id = common.single_token_id(tokenizer, IMAGE)
     except ValueError as error:
         problems.append(Problem("config.json", None, f"{error}; copy image_token_index from the original config.json"))
-    pad_line = f"{folder / 'tokenizer_config.json'}: {common.separate_pad_from_eos(tokenizer)}"
+    try:
+        pad_line = f"{folder / 'tokenizer_config.json'}: {common.separate_pad_from_eos(tokenizer)}"
+    except ValueError as error:
+        raise SystemExit(f"--model {folder}: {error}") from None
     print(pad_line)
     bos = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
     config = AutoConfig.from_pretrained(folder)
@@ -316,15 +334,19 @@ def render(tokenizer, row: Row) -> str:
     return prompt + opening + space + after.partition(closing)[0] + closing + tokenizer.eos_token
 
 
+def refuse_tokens(row: Row, text: Text) -> None:
+    """Raise ValueError where a text holds what the tokenizer would take for <image>, EOS or a sentinel."""
+    for part in (row.question, row.answer, *(row.candidates or []), *(t for turn in row.history for t in turn)):
+        for token in (IMAGE, *common.SENTINELS, *text.tokenizer.all_special_tokens):
+            if token in part:
+                raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
+
+
 def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
     """(prefix, input_ids, labels): everything up to the image's last placeholder, then the question and its answer.
 
     The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
     """
-    for part in (row.question, row.answer, *(t for turn in row.history for t in turn)):
-        for token in (IMAGE, *common.SENTINELS, *text.tokenizer.all_special_tokens):
-            if token in part:
-                raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
     input_ids, labels = common.encode_supervised(
         text.tokenizer, render(text.tokenizer, row), keep_sentinels=text.keep_sentinels
     )
@@ -352,6 +374,9 @@ def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list
     problems = []
     for row in rows:
         try:
+            refuse_tokens(row, text)
+            if text.image_id is None:  # the checkpoint's fault, already listed
+                continue
             prefix, input_ids, labels = encode_row(row, text)
             prove_row(row, text, prefix, input_ids, labels)
             if len(prefix) + len(input_ids) > args.pack_tokens:
@@ -377,7 +402,7 @@ def check_data(data: Path, args, text: Text, fatal: list[Problem], pad_line: str
     for split in ("train", "val", "test"):
         bad = {p.where for p in faults}
         part = [row for row in rows if row.split == split and row.where not in bad]
-        trees[split], found = ([], []) if fatal else build_prompts(part, text, args)
+        trees[split], found = build_prompts(part, text, args)
         faults += found
         bad = {p.where for p in found}
         splits[split] = [row for row in part if row.where not in bad]

@@ -47,13 +47,16 @@ def test_row_has_the_written_layout():
 
 
 def test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_rows():
-    image = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 2, 2], [0, 1, 2, 1, 4]])  # time, height, width
+    image = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 2, 2], [0, 1, 2, 1, 2]])  # time, height, width
     a, b = tree(5, 2, 3), tree(2, 2)
     a.prefix_positions, b.prefix_positions = image, torch.tensor([[0, 1]] * 3)
     (row,) = pack([a, b], max_tokens=14)
-    after = [5, 6, 5, 6, 7, 0, 1, 2, 3]
+    after = [3, 4, 3, 4, 5, 0, 1, 2, 3]
     assert row["position_ids"].shape == (3, 1, 14)
     assert row["position_ids"][:, 0].tolist() == [[*positions, *after] for positions in image.tolist()]
+
+    divided = pack([a], max_tokens=8)  # each part keeps the prefix's own positions
+    assert [row["position_ids"][2, 0].tolist() for row in divided] == [[0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 3, 4]]
 
 
 def test_trees_are_placed_first_fit_longest_first():
@@ -62,10 +65,11 @@ def test_trees_are_placed_first_fit_longest_first():
 
 
 def test_a_tree_longer_than_a_row_is_divided_and_its_prefix_repeated():
-    rows = pack([tree(4, 3, 3, 3)], max_tokens=10)
-    assert [row["input_ids"].tolist()[0] for row in rows] == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 11, 12, 13]]
-    assert [row["position_ids"].tolist()[0] for row in rows] == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
-    assert [row["prompts"][0].ids for row in rows] == [["t0", "t1"], ["t2"]]
+    rows = pack([tree(4, 3, 3, 3, 3, 3)], max_tokens=10)
+    assert [row["prompts"][0].ids for row in rows] == [["t0", "t1"], ["t2", "t3"], ["t4"]]
+    assert rows[1]["input_ids"].tolist() == [[1, 2, 3, 4, 11, 12, 13, 14, 15, 16]]
+    assert rows[1]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]]
+    assert rows[2]["input_ids"].tolist() == [[1, 2, 3, 4, 17, 18, 19]]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -16,11 +16,11 @@ from helpers import read_lines, read_tensors, refused, run
 import train_llava_med
 
 ROOT = Path(train_llava_med.__file__).parent
-# 40 questions of five images, at most 12 a step: 5 steps an epoch. Dropout draws random numbers in every step.
+# 40 questions of four images, at most 12 a step: 4 steps an epoch. Dropout draws random numbers in every step.
 LORA = ["--limit", 40, "--questions-per-step", 12, "--epochs", 2, "--lora-dropout", 0.1, "--lr", 1e-3]
 LORA += ["--save-every", 1, "--keep", 100, "--eval-every", 2, "--max-answer-tokens", 1]
-FULL = [*LORA, "--tune", "full", "--max-steps", 5]
-STEPS = 10
+FULL = [*LORA, "--tune", "full", "--max-steps", 4]
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def stopped_copy(whole: Path, out: Path, step: int, cut: bool = False) -> Path:
     if cut:
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
         upto = [line for line in lines if json.loads(line)["step"] <= step]
-        after = lines[len(upto)] if len(upto) < len(lines) else '{"step": 11, "epoch": 2.2}'
+        after = lines[len(upto)] if len(upto) < len(lines) else '{"step": 9, "epoch": 2.2}'
         (out / "metrics.jsonl").write_text("".join(upto) + after[: len(after) // 2])
     return out
 
@@ -86,15 +86,15 @@ def stop_in(monkeypatch, step: int) -> None:
 def test_the_undisturbed_run_takes_every_row_once_an_epoch_and_shuffles(demo_folder, whole):
     steps = [line for line in metrics_of(whole) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    first, second = ([i for line in half for i in line["ids"]] for half in (steps[:5], steps[5:]))
+    first, second = ([i for line in half for i in line["ids"]] for half in (steps[:4], steps[4:]))
     rows = [row["id"] for row in read_lines(demo_folder / "data" / "train.jsonl")[:40]]
     assert sorted(first) == sorted(second) == sorted(rows)
     assert first != second
-    assert [line["step"] for line in metrics_of(whole) if "val_loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in metrics_of(whole) if "val_loss" in line] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["metrics whole", "metrics cut"])
-@pytest.mark.parametrize("step", [2, 5, 7, STEPS])
+@pytest.mark.parametrize("step", [2, 4, 6, STEPS])
 def test_stopped_after_any_step_and_resumed_it_is_the_same_run(demo_folder, whole, tmp_path, capsys, step, cut):
     out = stopped_copy(whole, tmp_path / "run", step, cut)
     run(demo_folder, out, *LORA)
@@ -122,13 +122,12 @@ def test_a_stopped_run_with_full_tuning_and_a_worker_is_the_same_run(demo_folder
         stop_in(patch, 3)
         run(demo_folder, out, *FULL, "--workers", 1)  # workers change nothing, neither before nor after
     run(demo_folder, out, *FULL, "--workers", 1)
-    assert_same_run(out, whole, steps=5)
+    assert_same_run(out, whole, steps=4)
 
 
-# what Slurm sends at the time limit goes to every process of the job, the reading workers included
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_real_process_stopped_by_a_signal_is_the_same_run(demo_folder, tmp_path, workers):
-    flags = [*LORA, "--epochs", 8, "--workers", workers, "--keep", 2]
+def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tmp_path):
+    """Ctrl-C and `timeout` signal every process of the group, the workers that read media included."""
+    flags = [*LORA, "--epochs", 4, "--workers", 1, "--keep", 2]
     run(demo_folder, tmp_path / "whole", *flags)
     out = tmp_path / "run"
     argv = ["--model", demo_folder / "model", "--data", demo_folder / "data", "--out", out, *flags]
@@ -141,7 +140,7 @@ def test_a_real_process_stopped_by_a_signal_is_the_same_run(demo_folder, tmp_pat
         start_new_session=True,
     )
     metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
@@ -149,9 +148,9 @@ def test_a_real_process_stopped_by_a_signal_is_the_same_run(demo_folder, tmp_pat
     assert process.returncode == 85, text
     assert "SIGTERM: finishing this step, then saving" in text
     steps = [line["step"] for line in read_lines(metrics) if "loss" in line]
-    assert 3 <= steps[-1] < 40
+    assert 2 <= steps[-1] < 16
     run(demo_folder, out, *flags)
-    assert_same_run(out, tmp_path / "whole", steps=40)
+    assert_same_run(out, tmp_path / "whole", steps=16)
 
 
 def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, tmp_path, capsys):
@@ -173,7 +172,7 @@ def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, 
         (["--lr", 2e-3], "lr was 0.001, is 0.002"),
         (["--seed", 1], "seed was 0, is 1"),
         (["--limit", 39], "rows was "),
-        (["--epochs", 3], "steps was 10, is 15"),
+        (["--epochs", 3], "steps was 8, is 12"),
         (["--questions-per-step", 64], "questions_per_step was 12, is 64"),
         (["--pack-tokens", 512], "pack_tokens was 4096, is 512"),
         (["--no-share-prefix"], "share_prefix was True, is False"),
@@ -186,7 +185,7 @@ def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, 
         (["--warmup", 0.5], "warmup was 0.03, is 0.5"),
         (["--weight-decay", 0.1], "weight_decay was 0.0, is 0.1"),
         (["--clip", 0.5], "clip was 1.0, is 0.5"),
-        (["--dtype", "bf16"], "dtype was fp32, is bf16"),
+        (["--dtype", "bf16"], "dtype was auto, is bf16"),
     ],
     ids=lambda value: value[0][2:] if isinstance(value, list) else "",
 )
@@ -195,7 +194,7 @@ def test_a_changed_setting_is_refused_by_name(demo_folder, whole, tmp_path, flag
     text = refused(demo_folder, out, *LORA, *flags)
     assert text.startswith(f"{out}/checkpoints/step-00000002 is of another run: ")
     assert named in text
-    assert "Use --resume none or another --out" in text
+    assert "Use another --out" in text
 
 
 def test_a_changed_answer_in_the_data_is_refused(demo_folder, whole, tmp_path):
@@ -208,14 +207,15 @@ def test_a_changed_answer_in_the_data_is_refused(demo_folder, whole, tmp_path):
     assert "is of another run: rows was " in refused(other, out, *LORA)
 
 
-def test_resume_none_starts_over_and_its_own_checkpoints_stay(demo_folder, whole, tmp_path):
-    """The old run's later checkpoints must neither push the new ones out nor be resumed."""
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    flags = [*LORA, "--keep", 2]
-    run(demo_folder, out, *flags, "--resume", "none", "--max-steps", 4)
-    assert [line["step"] for line in read_lines(out / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
-    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-00000003", "step-00000004"]
+def test_resume_none_does_not_start_over_where_a_run_is(demo_folder, whole, tmp_path):
+    """Its first checkpoint would push the old ones out, or be pushed out by them."""
+    out = stopped_copy(whole, tmp_path / "run", 2)
+    text = refused(demo_folder, out, *LORA, "--resume", "none")
+    assert text == f"{out} holds checkpoints of an earlier run: use another --out, or --resume auto to go on"
+    assert (
+        read_tensors(out / "checkpoints/step-00000002").keys()
+        == read_tensors(whole / "checkpoints/step-00000002").keys()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,42 +246,60 @@ BREAK = {
 
 @pytest.mark.parametrize("fault", BREAK)
 def test_a_broken_newest_checkpoint_is_passed_over_by_name(demo_folder, whole, tmp_path, capsys, fault):
-    out = stopped_copy(whole, tmp_path / "run", 8)
-    BREAK[fault](out / "checkpoints" / "step-00000008")
+    out = stopped_copy(whole, tmp_path / "run", 7)
+    BREAK[fault](out / "checkpoints" / "step-00000007")
     run(demo_folder, out, *LORA)
     text = capsys.readouterr().out
-    assert f"passing over {out}/checkpoints/step-00000008: {fault}" in text
-    assert f"resuming from {out}/checkpoints/step-00000007\n" in text
+    assert f"passing over {out}/checkpoints/step-00000007: {fault}" in text
+    assert f"resuming from {out}/checkpoints/step-00000006\n" in text
     assert_same_run(out, whole)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(demo_folder, whole, tmp_path):
+    out = stopped_copy(whole, tmp_path / "run", 2)
+    for step in (1, 2):
+        cut_adapter(out / "checkpoints" / f"step-{step:08d}")
+    metrics = (out / "metrics.jsonl").read_text()
+    text = refused(demo_folder, out, *LORA)
+    assert text == f"no checkpoint of {out} is whole; restore one, or start again with another --out"
+    assert (out / "metrics.jsonl").read_text() == metrics
 
 
 @pytest.mark.parametrize("fault", BREAK)
 def test_resume_of_a_broken_folder_is_refused(demo_folder, whole, tmp_path, fault):
-    out = stopped_copy(whole, tmp_path / "run", 8)
-    folder = out / "checkpoints" / "step-00000008"
+    out = stopped_copy(whole, tmp_path / "run", 2)
+    folder = out / "checkpoints" / "step-00000002"
     BREAK[fault](folder)
     assert refused(demo_folder, out, *LORA, "--resume", folder).startswith(f"--resume {folder}: {fault}")
 
 
-def test_resume_of_a_folder_goes_on_from_there(demo_folder, whole, tmp_path):
-    out = stopped_copy(whole, tmp_path / "run", 8)
-    run(demo_folder, out, *LORA, "--resume", out / "checkpoints" / "step-00000006")
+def test_resume_of_an_earlier_checkpoint_goes_on_from_there(demo_folder, whole, tmp_path, monkeypatch):
+    """Stopped again, it goes on from its own step and not from a later one of the time before."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    flags = [*LORA, "--keep", 2]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
+        stop_in(patch, 4)
+        run(demo_folder, out, *flags, "--resume", out / "checkpoints" / "step-00000002")
+    assert [line["step"] for line in metrics_of(out) if "loss" in line] == [1, 2, 3, 4]
+    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-00000003", "step-00000004"]
+    run(demo_folder, out, *flags)
     assert_same_run(out, whole)
 
 
 def test_a_checkpoint_left_half_written_does_no_harm(demo_folder, whole, tmp_path, capsys):
-    out = stopped_copy(whole, tmp_path / "run", 8)
-    for step in (8, 9, 10):  # killed while it was written, before the rename
+    out = stopped_copy(whole, tmp_path / "run", 6)
+    for step in (6, 7, 8):  # killed while it was written, before the rename
         half = out / "checkpoints" / f"step-{step:08d}.writing"
         half.mkdir()
         (half / "adapter_model.safetensors").write_bytes(b"half")
     run(demo_folder, out, *LORA)
-    assert f"resuming from {out}/checkpoints/step-00000008\n" in capsys.readouterr().out
+    assert f"resuming from {out}/checkpoints/step-00000006\n" in capsys.readouterr().out
     assert_same_run(out, whole)
 
 
 def test_a_kill_while_saving_leaves_the_earlier_checkpoints_whole(demo_folder, whole, tmp_path, monkeypatch):
-    out = stopped_copy(whole, tmp_path / "run", 7)
+    out = stopped_copy(whole, tmp_path / "run", 6)
 
     def killed(path, optimizer, parameters):
         path.write_bytes(b"half")
@@ -290,12 +308,12 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoints_whole(demo_folder, w
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_llava_med.runtime, "save_optimizer", killed)
         run(demo_folder, out, *LORA)
-    assert (out / "checkpoints" / "step-00000008.writing").exists()
-    assert not (out / "checkpoints" / "step-00000008").exists()
+    assert (out / "checkpoints" / "step-00000007.writing").exists()
+    assert not (out / "checkpoints" / "step-00000007").exists()
     run(demo_folder, out, *LORA)
     assert_same_run(out, whole)
 
 
 def test_only_the_newest_checkpoints_are_kept(demo_folder, tmp_path):
-    run(demo_folder, tmp_path, *LORA, "--keep", 2, "--save-every", 3, "--max-steps", 8)
+    run(demo_folder, tmp_path, *LORA, "--keep", 2, "--save-every", 3)
     assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000006", "step-00000008"]

@@ -1,0 +1,303 @@
+"""Learned are the answer and its EOS, exactly, whatever the tokenizer does at the answer's edges; and the token IDs
+are those of transformers' own processor."""
+
+import random
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+
+import train_llava_med as script
+from common import IGNORE, check_placeholders, encode_supervised, expand_placeholder, mask_tokens
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def bytes_bpe():
+    """A byte-level BPE as Qwen's: ">" is merged with the letter or bracket after it, "]" with "</"."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    texts = ["ANS "] * 50 + ["ink "] * 40 + [">P"] * 30 + [">("] * 20 + ["]</"] * 10 + [" pink"] * 5
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=5, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def sentencepiece(kind: str):
+    """A SentencePiece-like BPE with a dummy space before all parts of a text ("always"), before the first alone, or,
+    as the files of older Llama and Mistral tokenizers have it, from a normaliser that does not look whether a space
+    stands there already."""
+    merges = ["▁ ▁", "▁ l", "▁l e", "f t", "▁le ft", "l e", "le ft", "▁ [", "▁ q"]
+    merges = [tuple(merge.split()) for merge in merges]
+    pieces = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "▁", "\n", *(a + b for a, b in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def encoded(tokenizer, text, **options) -> list[str]:
+    """The pieces, each learned one marked by a star."""
+    input_ids, labels = encode_supervised(tokenizer, text, **options)
+    assert all(label in (IGNORE, token) for token, label in zip(input_ids, labels, strict=True))
+    pieces = tokenizer.convert_ids_to_tokens(input_ids)
+    return [piece + "*" * (label != IGNORE) for piece, label in zip(pieces, labels, strict=True)]
+
+
+def searched(tokenizer, text) -> list[int] | None:
+    """The original recipe: encode everything, then search for the sentinels' own pieces. None: not found."""
+
+    def find(part, start):
+        return next((i for i in range(start, len(ids)) if ids[i : i + len(part)] == part), None)
+
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    opening, closing = (tokenizer.encode(s, add_special_tokens=False) for s in ("<ANS>", "</ANS>"))
+    start = find(opening, 0)
+    end = None if start is None else find(closing, start)
+    return None if end is None else ids[start + len(opening) : end]
+
+
+# --- byte-level BPE --------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_here_merges_sentinels_as_qwen_does(bytes_bpe):
+    assert bytes_bpe.tokenize("<ANS>Pink") == ["<", "ANS", ">P", "ink"]
+    assert bytes_bpe.tokenize("<ANS>(a)") == ["<", "ANS", ">(", "a", ")"]
+    assert bytes_bpe.tokenize("[1]</ANS>") == ["[", "1", "]</", "ANS", ">"]
+
+
+def test_pink_is_learned_where_the_search_for_the_sentinel_finds_nothing(bytes_bpe):
+    text = "color\n<ANS>{}</ANS><|im_end|>\n"
+    assert bytes_bpe.decode(searched(bytes_bpe, text.format("pink"))) == "pink"  # the original works for lower case
+    assert searched(bytes_bpe, text.format("Pink")) is None
+    assert searched(bytes_bpe, text.format("(a)")) is None
+    assert searched(bytes_bpe, text.format("[1]")) is None
+    expected = ["c", "o", "l", "o", "r", "Ċ", "P*", "ink*", "<|im_end|>*", "Ċ"]
+    assert encoded(bytes_bpe, text.format("Pink")) == expected
+
+
+def test_kept_sentinels_become_their_ordinary_pieces_and_are_not_learned(bytes_bpe):
+    assert encoded(bytes_bpe, "Q\n<ANS>Pink</ANS><|im_end|>", keep_sentinels=True) == [
+        *["Q", "Ċ", "<", "ANS", ">"],
+        *["P*", "ink*"],
+        *["</", "ANS", ">", "<|im_end|>*"],
+    ]
+
+
+def test_no_merge_crosses_an_edge_of_the_answer(bytes_bpe):
+    assert bytes_bpe.tokenize(">P]</ANS>") == [">P", "]</", "ANS", ">"]
+    assert encoded(bytes_bpe, "><ANS>P]</ANS><|im_end|></") == [">", "P*", "]*", "<|im_end|>*", "</"]
+
+
+def test_eos_elsewhere_is_not_learned(bytes_bpe):
+    text = "a<|im_end|>Q\n<ANS>1</ANS><|im_end|><|im_end|>"
+    assert encoded(bytes_bpe, text) == ["a", "<|im_end|>", "Q", "Ċ", "1*", "<|im_end|>*", "<|im_end|>"]
+
+
+def test_several_answers_are_learned_only_where_they_are_meant(bytes_bpe):
+    text = "Q<ANS>1</ANS><|im_end|>R<ANS>2</ANS><|im_end|>"
+    expected = ["Q", "1*", "<|im_end|>*", "R", "2*", "<|im_end|>*"]
+    assert encoded(bytes_bpe, text, spans=2) == expected
+    assert encoded(bytes_bpe, text, spans=None) == expected
+    with pytest.raises(ValueError, match="2 answers between <ANS> and </ANS>, not 1, in"):
+        encode_supervised(bytes_bpe, text)
+    with pytest.raises(ValueError, match="2 answers between <ANS> and </ANS>, not 3, in"):
+        encode_supervised(bytes_bpe, text, spans=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("Q pink<|im_end|>", "0 answers between <ANS> and </ANS>, not 1, in 'Q pink<|im_end|>'"),
+        ("Q<ANS>pink<|im_end|>", "</ANS> or the EOS after it is missing in"),
+        ("Q<ANS>pink</ANS>", "</ANS> or the EOS after it is missing in"),
+        ("Q pink</ANS><|im_end|>", "</ANS> without <ANS> before it in"),
+        ("Q</ANS>pink<ANS><|im_end|>", "</ANS> without <ANS> before it in"),
+        ("Q<ANS>a<ANS>b</ANS><|im_end|>", "<ANS> twice without </ANS> between in"),
+        ("Q<ANS></ANS><|im_end|>", "empty answer in"),
+        ("Q<ANS>pink</ANS> <|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
+        ("Q<ANS>pink</ANS>\n", "no EOS ('<|im_end|>') directly after the answer in"),
+        ("Q<ANS>pink</ANS><ANS>b</ANS><|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
+        ("Q<ANS>pink</ANS></ANS><|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
+    ],
+)
+def test_a_text_whose_answer_is_not_plain_is_an_error(bytes_bpe, text, error):
+    for keep_sentinels in (False, True):
+        with pytest.raises(ValueError) as raised:
+            encode_supervised(bytes_bpe, text, keep_sentinels=keep_sentinels)
+        assert str(raised.value).startswith(error)
+
+
+def test_no_answer_is_an_error_for_any_number_of_spans(bytes_bpe):
+    with pytest.raises(ValueError, match="0 answers between <ANS> and </ANS>, not 1 or more"):
+        encode_supervised(bytes_bpe, "Q pink<|im_end|>", spans=None)
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(bytes_bpe):
+    before = len(bytes_bpe), bytes_bpe.tokenize("<ANS>Pink</ANS>")
+    encode_supervised(bytes_bpe, "Q<ANS>Pink</ANS><|im_end|>")
+    assert (len(bytes_bpe), bytes_bpe.tokenize("<ANS>Pink</ANS>")) == before
+
+
+def test_a_tokenizer_that_grew_is_split_anew(bytes_bpe):
+    text = "Q<extra><ANS>1</ANS><|im_end|>"
+    assert encoded(bytes_bpe, text)[:2] == ["Q", "<"]
+    bytes_bpe.add_tokens(["<extra>"])
+    assert encoded(bytes_bpe, text) == ["Q", "<extra>", "1*", "<|im_end|>*"]
+
+
+def random_answer(number: int) -> str:
+    draw = random.Random(number)
+    parts = ["Pink", "pink", "A", "ZZ", "7", "5-10mm", "<5mm", ">20", "(a)", "[mass]", "{", "}", '"', "'s", "/", "\\"]
+    parts += [
+        "é",
+        "Ödem",
+        "ñ",
+        "息肉",
+        "ポリープ",
+        "🩺",
+        "👩‍⚕️",
+        "ANS",
+        "</ANS",
+        "<ANS",
+        "ANS>",
+        "<",
+        ">",
+        "\n",
+        "  ",
+        " ",
+        "\t",
+    ]
+    answer = "".join(draw.choice(parts) for _ in range(draw.randint(1, 6)))
+    return draw.choice(["", "", " "]) + answer + draw.choice(["", "", " "])
+
+
+@pytest.mark.parametrize("keep_sentinels", [False, True])
+def test_any_answer_is_learned_character_for_character(bytes_bpe, keep_sentinels):
+    answers = [random_answer(number) for number in range(330)]
+    answers = [a for a in answers if "<ANS>" not in a and "</ANS>" not in a]  # refused before they get here
+    assert len(answers) > 300
+    for answer in answers:
+        text = f"<|endoftext|>Q: {answer[::-1]}?\n<ANS>{answer}</ANS><|im_end|>\nmore"
+        _, labels = encode_supervised(bytes_bpe, text, keep_sentinels=keep_sentinels)
+        learned = [label for label in labels if label != IGNORE]
+        assert bytes_bpe.decode(learned) == answer + "<|im_end|>"
+
+
+# --- SentencePiece ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["always", "first"])
+def test_sentencepiece_answer_has_its_usual_pieces(kind):
+    text = "[X]<ANS> left</ANS></s> q"
+    tokenizer = sentencepiece(kind)
+    assert encoded(tokenizer, text) == ["▁[", "X", "]", "▁left*", "</s>*", "▁q"]
+    assert encoded(tokenizer, text, keep_sentinels=True) == [
+        *["▁[", "X", "]", "▁", "<", "A", "N", "S", ">"],
+        *["▁left*", "▁", "<", "/", "A", "N", "S", ">", "</s>*", "▁q"],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer"])
+@pytest.mark.parametrize(
+    "text", ["[X]<ANS> left</ANS></s>", "[X]<ANS>left</ANS></s>", "[X]<ANS> left left</ANS></s> q"]
+)
+def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text):
+    tokenizer = sentencepiece(kind)
+    plain = tokenizer.tokenize(text.replace("<ANS>", "").replace("</ANS>", ""))
+    assert [piece.rstrip("*") for piece in encoded(tokenizer, text)] == plain
+
+
+# --- the same IDs as transformers' processor -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(demo_folder):
+    args = script.parse_arguments(
+        ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
+    )
+    text, image_processor, _, _ = script.load_text(demo_folder / "model", args)
+    rows, _ = script.read_data(demo_folder / "data", args)
+    return demo_folder, text, image_processor, rows
+
+
+def test_ids_equal_those_of_transformers_processor(demo):
+    folder, text, image_processor, rows = demo
+    config = LlavaConfig.from_pretrained(folder / "model")
+    processor = LlavaProcessor(
+        image_processor,
+        text.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+    )
+    answers = set()
+    for row in rows[:60:3]:
+        image = script.runtime.open_image(folder / "data", row.image)
+        prompt = f"[INST] <image>\n{row.question} [/INST]"
+        prefix, input_ids, labels = script.encode_row(row, text)
+        answer = next(i for i, label in enumerate(labels) if label != IGNORE)
+        assert prefix.count(text.image_id) == 64
+        assert prefix + input_ids[:answer] == processor(images=image, text=prompt).input_ids[0]
+        whole = processor(images=image, text=f"{prompt} {row.answer}</s>").input_ids[0]
+        assert prefix + input_ids == whole
+        assert labels == [IGNORE] * answer + input_ids[answer:]
+        answers.add(row.answer)
+    assert len(answers) > 5
+
+
+def test_no_bos_is_added_where_the_text_has_none(demo):
+    tokenizer = demo[1].tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("yes").input_ids) == ["<s>", "▁yes"]
+    assert encoded(tokenizer, "yes<ANS> no</ANS></s>") == ["▁yes", "▁no*", "</s>*"]
+
+
+def test_the_checkpoint_s_own_rows_learn_answer_and_eos(demo):
+    _, text, _, rows = demo
+    for row in rows:
+        _, input_ids, labels = script.encode_row(row, text)
+        learned = [label for label in labels if label != IGNORE]
+        assert learned == [*text.tokenizer.encode(row.answer, add_special_tokens=False), 2]
+        assert input_ids[-len(learned) :] == learned
+
+
+# --- placeholders ----------------------------------------------------------------------------------------------
+
+
+def test_mask_tokens_masks_only_these_and_leaves_the_original():
+    labels = torch.tensor([[1, 32000, 5, 0, IGNORE, 32000]])
+    assert mask_tokens(labels, [32000, 0]).tolist() == [[1, IGNORE, 5, IGNORE, IGNORE, IGNORE]]
+    assert mask_tokens(labels, []).tolist() == labels.tolist()
+    assert labels.tolist() == [[1, 32000, 5, 0, IGNORE, 32000]]
+
+
+def test_expand_placeholder_repeats_each_by_its_own_count():
+    assert expand_placeholder([1, 9, 2, 9, 3], 9, [2, 3]) == [1, 9, 9, 2, 9, 9, 9, 3]
+    assert expand_placeholder([1, 2], 9, []) == [1, 2]
+
+
+@pytest.mark.parametrize("counts", [[], [2], [2, 2, 2]])
+def test_expand_placeholder_refuses_another_number_of_media(counts):
+    with pytest.raises(ValueError, match=f"2 placeholders of ID 9 for {len(counts)} media"):
+        expand_placeholder([9, 1, 9], 9, counts)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_check_placeholders_names_both_counts_and_the_id(kind):
+    check_placeholders(kind([5, 9, 9, 6]), 9, 2)
+    with pytest.raises(ValueError, match=r"tokens: 2, features: 3 \(placeholder ID 9;"):
+        check_placeholders(kind([5, 9, 9, 6]), 9, 3)
+    with pytest.raises(ValueError, match=r"tokens: 0, features: 2 \(placeholder ID 8;"):
+        check_placeholders(kind([5, 9, 9, 6]), 8, 2)
