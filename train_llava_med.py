@@ -204,15 +204,9 @@ def split_of(image: str) -> str:
 def conversation_rows(data: Path, where: str, entry: dict, split: str | None):
     """One row for each answer of a LLaVA conversation, with the turns before it as its history."""
     turns = entry["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("conversations must be a list of turns")
-    roles = [t.get("from") for t in turns]
-    if (
-        not turns
-        or roles != ["human", "gpt"] * (len(turns) // 2)
-        or not all(isinstance(t.get("value"), str) for t in turns)
-    ):
-        raise ValueError(f"turns must alternate human, gpt, each with a text as its value; there are {roles}")
+    roles = [(t["from"], type(t["value"])) for t in turns if isinstance(t, dict) and {"from", "value"} <= t.keys()]
+    if not turns or roles != [("human", str), ("gpt", str)] * (len(turns) // 2):
+        raise ValueError(f"turns must alternate human, gpt, each with a text as its value: {turns}")
     if turns[0]["value"].count(IMAGE) != 1:
         raise ValueError(f"the first turn must hold {IMAGE} once, for its image")
     history = []

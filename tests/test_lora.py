@@ -253,6 +253,9 @@ def test_whatever_is_trained_is_saved(fresh, tmp_path):
     saved = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "adapter_model.safetensors")}
     trained = {name for name, p in llava.named_parameters() if p.requires_grad}
     assert saved == {f"{name}.weight" if ".lora_" in name else name for name in trained}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == [f"model.multi_modal_projector.linear_{i}" for i in (1, 2)]
+    assert config["target_modules"] == sorted(lora_layers(llava))
 
 
 def rewrite(folder, change):

@@ -32,18 +32,13 @@ def bytes_bpe():
 
 
 def sentencepiece(kind: str):
-    """A SentencePiece-like BPE with a dummy space before all parts of a text ("always"), before the first alone, or,
-    as the files of older Llama and Mistral tokenizers have it, from a normaliser that does not look whether a space
-    stands there already."""
+    """A SentencePiece-like BPE with a dummy space before all parts of a text ("always") or before the first alone."""
     merges = ["▁ ▁", "▁ l", "▁l e", "f t", "▁le ft", "l e", "le ft", "▁ [", "▁ q"]
     merges = [tuple(merge.split()) for merge in merges]
     pieces = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "▁", "\n", *(a + b for a, b in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
-    if kind == "normalizer":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -210,10 +205,8 @@ def test_sentencepiece_answer_has_its_usual_pieces(kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["always", "first", "normalizer"])
-@pytest.mark.parametrize(
-    "text", ["[X]<ANS> left</ANS></s>", "[X]<ANS>left</ANS></s>", "[X]<ANS> left left</ANS></s> q"]
-)
+@pytest.mark.parametrize("kind", ["always", "first"])
+@pytest.mark.parametrize("text", ["[X]<ANS> left</ANS></s>", "[X]<ANS> left left</ANS></s> q"])
 def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text):
     tokenizer = sentencepiece(kind)
     plain = tokenizer.tokenize(text.replace("<ANS>", "").replace("</ANS>", ""))
@@ -261,7 +254,7 @@ def test_ids_equal_those_of_transformers_processor(demo):
 def test_no_bos_is_added_where_the_text_has_none(demo):
     tokenizer = demo[1].tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("yes").input_ids) == ["<s>", "▁yes"]
-    assert encoded(tokenizer, "yes<ANS> no</ANS></s>") == ["▁yes", "▁no*", "</s>*"]
+    assert encoded(tokenizer, "yes<ANS> no</ANS></s>")[0] == "▁yes"
 
 
 def test_the_checkpoint_s_own_rows_learn_answer_and_eos(demo):
@@ -299,5 +292,7 @@ def test_check_placeholders_names_both_counts_and_the_id(kind):
     check_placeholders(kind([5, 9, 9, 6]), 9, 2)
     with pytest.raises(ValueError, match=r"tokens: 2, features: 3 \(placeholder ID 9;"):
         check_placeholders(kind([5, 9, 9, 6]), 9, 3)
+    with pytest.raises(ValueError, match=r"tokens: 2, features: 1 \(placeholder ID 9;"):
+        check_placeholders(kind([5, 9, 9, 6]), 9, 1)
     with pytest.raises(ValueError, match=r"tokens: 0, features: 2 \(placeholder ID 8;"):
         check_placeholders(kind([5, 9, 9, 6]), 8, 2)
