@@ -102,12 +102,10 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     if any(data.glob("seq_*/vqa")):
         read = read_endovis(data, args.endovis_split, args.endovis_answers)
     else:
-        files = {
-            s: data / f"{s}.{e}"
-            for s in ("train", "val", "test")
-            for e in ("json", "jsonl")
-            if (data / f"{s}.{e}").exists()
-        }
+        found = [path for s in ("train", "val", "test") for path in sorted(data.glob(f"{s}.json*"))]
+        files = {path.stem: path for path in found if path.suffix in (".json", ".jsonl")}
+        if len(files) < len(found):
+            raise SystemExit(f"--data {data}: one file a split, not {', '.join(path.name for path in found)}")
         whole = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
         if len(whole) == 1:  # published as one file: split by image
             files = {None: whole[0]}
@@ -204,25 +202,19 @@ def split_of(image: str) -> str:
 def conversation_rows(data: Path, where: str, entry: dict, split: str | None):
     """One row for each answer of a LLaVA conversation, with the turns before it as its history."""
     turns = entry["conversations"]
-    roles = [(t["from"], type(t["value"])) for t in turns if isinstance(t, dict) and {"from", "value"} <= t.keys()]
-    if not turns or roles != [("human", str), ("gpt", str)] * (len(turns) // 2):
-        raise ValueError(f"turns must alternate human, gpt, each with a text as its value: {turns}")
-    if turns[0]["value"].count(IMAGE) != 1:
+    roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"turns must alternate human, gpt; there are {roles}")
+    texts = [str(turn.get("value") or "") for turn in turns]
+    if texts[0].count(IMAGE) != 1:
         raise ValueError(f"the first turn must hold {IMAGE} once, for its image")
+    texts[0] = texts[0].replace(IMAGE, "")  # wherever it stands, the image goes first, as in LLaVA's own training
     history = []
     for i in range(0, len(turns), 2):
-        question, answer = turns[i]["value"], turns[i + 1]["value"]
-        if i == 0:  # wherever it stands, the image goes before the question, as in LLaVA's own training
-            question = question.replace(IMAGE, "")
-        row = {
-            "id": f"{entry.get('id', where)}.{i // 2}",
-            "image": entry.get("image"),
-            "question": question,
-            "answer": answer,
-        }
-        row["group"] = entry.get("group")
+        row = {"id": f"{entry.get('id', where)}.{i // 2}", "question": texts[i], "answer": texts[i + 1]}
+        row |= {"image": entry.get("image"), "group": entry.get("group")}
         yield make_row(data, f"{where} turn {i // 2}", row, split, history)
-        history.append((question.strip(), answer.strip()))
+        history.append((texts[i].strip(), texts[i + 1].strip()))
 
 
 def read_endovis(data: Path, published_split: str | None, answers: str):
@@ -232,13 +224,16 @@ def read_endovis(data: Path, published_split: str | None, answers: str):
     for split, sequences in ENDOVIS[published_split].items():
         for number in sequences:
             folder = data / f"seq_{number}"
-            frames = {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
             files = sorted((folder / "vqa" / answers).glob("*.txt"))
             if not files:
                 yield Problem(f"seq_{number}/vqa/{answers}", None, "no annotation files")
             for path in files:
-                frame = frames.get(path.stem.removesuffix("_QA"))
-                name = frame.relative_to(data).as_posix() if frame else f"seq_{number}/{path.stem}.png"
+                frame = path.stem.removesuffix("_QA")
+                # the left camera's frames; right_fr and labels hold files of the same name
+                places = [
+                    f"seq_{number}/{where}{frame}{e}" for where in ("left_fr/", "", "vqa/") for e in (".png", ".jpg")
+                ]
+                name = next((place for place in places if (data / place).is_file()), places[0])
                 for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
                     where = f"{path.relative_to(data)}:{line}"
                     question, bar, answer = text.partition("|")
@@ -268,14 +263,19 @@ class Text:
     keep_sentinels: bool
 
 
-def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
-    """Tokenizer, image processor, the faults of the checkpoint's own files, and what was found of PAD and EOS."""
-    config_file = json.loads((folder / "config.json").read_text())
-    if config_file.get("model_type") != "llava":
+def read_config(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != "llava":
         raise SystemExit(
-            f"--model {folder}: model_type {config_file.get('model_type')!r}, not 'llava'. transformers does not know "
+            f"--model {folder}: model_type {config.get('model_type')!r}, not 'llava'. transformers does not know "
             "LLaVA-Med's original llava_mistral; use a checkpoint converted to transformers' format"
         )
+    return config
+
+
+def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
+    """Tokenizer, image processor, the faults of the checkpoint's own files, and what was found of PAD and EOS."""
+    config_file = read_config(folder)
     problems = []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -536,6 +536,7 @@ def verify_first_batch(model: LlavaMed, rows: list[dict], run) -> None:
 
 def count_parameters(folder: Path, args) -> None:
     """A table by component, from the configuration alone: nothing is read or allocated."""
+    read_config(folder)
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
@@ -550,21 +551,6 @@ def count_parameters(folder: Path, args) -> None:
         print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
     everything, trainable = sum(table[0].values()), sum(table[1].values())
     print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
-
-
-def merge(folder: Path, text: Text, faults: list[Problem], args) -> None:
-    """Write model + adapter as one plain folder."""
-    if faults:
-        raise SystemExit("\n".join(map(str, faults)))
-    checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
-    if checkpoint is None:
-        raise SystemExit("--merge needs a checkpoint: give its run with --out, or --resume FOLDER")
-    runtime.adopt_settings(checkpoint, args)
-    device, dtype = runtime.pick_device(args.device, args.dtype)
-    model = load_model(folder, args, text, device, dtype)
-    common.load_trained(model.llava, checkpoint)
-    write_model(model.llava, text, folder, Path(args.merge), dtype)
-    print(f"wrote {args.merge}")
 
 
 def write_model(llava, text: Text, source: Path, target: Path, dtype) -> None:
@@ -829,11 +815,23 @@ def main(argv=None) -> None:
     if args.count_params:
         count_parameters(runtime.model_folder(args.model, weights=False), args)
         return
+    checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume) if args.eval_only or args.merge else None
+    if args.eval_only or args.merge:
+        if checkpoint is None:
+            raise SystemExit("--eval-only and --merge need a checkpoint: give its run with --out, or --resume FOLDER")
+        runtime.adopt_settings(checkpoint, args)
+
     # ---- the data is proved before any weights are read ----
     folder = runtime.model_folder(args.model, weights=not args.check)
     text, processor, faults, pad_line = load_text(folder, args)
     if args.merge:
-        merge(folder, text, faults, args)
+        if faults:
+            raise SystemExit("\n".join(map(str, faults)))
+        device, dtype = runtime.pick_device(args.device, args.dtype)
+        model = load_model(folder, args, text, device, dtype)
+        common.load_trained(model.llava, checkpoint)
+        write_model(model.llava, text, folder, Path(args.merge), dtype)
+        print(f"wrote {args.merge}")
         return
     data = Path(args.data)
     splits, trees = check_data(data, args, text, faults, pad_line)
@@ -852,12 +850,9 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)
     device, dtype = runtime.pick_device(args.device, args.dtype)
     run = Run(args, Path(args.out), device, text, media_reader(data, processor))
-    checkpoint = runtime.find_checkpoint(run.folder, args.resume)
-    if args.eval_only:
-        if checkpoint is None or not splits[args.eval_split]:
-            what = f"a {args.eval_split} split" if checkpoint else f"a checkpoint in {run.folder}; give --resume FOLDER"
-            raise SystemExit(f"--eval-only needs {what}")
-        runtime.adopt_settings(checkpoint, args)
+    checkpoint = checkpoint or runtime.find_checkpoint(run.folder, args.resume)
+    if args.eval_only and not splits[args.eval_split]:
+        raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
     model = load_model(folder, args, text, device, dtype)
     trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
     share = sum(p.numel() for p in trained.values()) / sum(p.numel() for p in model.parameters())
