@@ -230,9 +230,8 @@ def read_endovis(data: Path, published_split: str | None, answers: str):
             for path in files:
                 frame = path.stem.removesuffix("_QA")
                 # the left camera's frames; right_fr and labels hold files of the same name
-                places = [
-                    f"seq_{number}/{where}{frame}{e}" for where in ("left_fr/", "", "vqa/") for e in (".png", ".jpg")
-                ]
+                near = [f"seq_{number}/{camera}{frame}" for camera in ("left_fr/", "", "vqa/")]
+                places = [f"{place}.{ending}" for place in near for ending in ("png", "jpg")]
                 name = next((place for place in places if (data / place).is_file()), places[0])
                 for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
                     where = f"{path.relative_to(data)}:{line}"
