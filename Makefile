@@ -20,7 +20,7 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

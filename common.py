@@ -62,8 +62,8 @@ def image_token_id(config) -> int:
 def single_token_id(tokenizer, token: str) -> int:
     """The ID of a token that must be one piece. Raises ValueError naming the pieces where it is several."""
     pieces = tokenizer.encode(token, add_special_tokens=False)
-    if len(pieces) != 1 or tokenizer.convert_tokens_to_ids(token) != pieces[0]:
-        named = tokenizer.convert_ids_to_tokens(pieces)
+    named = tokenizer.convert_ids_to_tokens(pieces)
+    if named != [token]:
         raise ValueError(f"{token!r} is not one token of this tokenizer but {len(pieces)}: {named}")
     return pieces[0]
 
@@ -80,11 +80,12 @@ def register_placeholder(tokenizer, token: str, token_id: int) -> None:
         for filler in range(len(tokenizer), token_id):
             tokenizer.add_tokens([AddedToken(f"<|unused_{filler}|>", special=True, normalized=False)])
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)])
-        known = single_token_id(tokenizer, token)
+        known = token_id
     if known != token_id:
         taken = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
         where = f"the tokenizer has it as {known}" if known is not None else f"that ID is the word piece {taken!r}"
         raise ValueError(f"config.json gives {token} the ID {token_id}, but {where}")
+    single_token_id(tokenizer, token)
 
 
 def separate_pad_from_eos(tokenizer, model=None) -> str:
@@ -161,6 +162,23 @@ def encode_supervised(tokenizer, text: str, sentinels=SENTINELS, keep_sentinels=
         raise ValueError(
             f"{answers} answers between {sentinels[0]} and {sentinels[1]}, not {spans or '1 or more'}, in {text!r}"
         )
+    whole = None if keep_sentinels else _encode_whole(tokenizer, text, sentinels)
+    return whole or (input_ids, labels)
+
+
+def _encode_whole(tokenizer, text, sentinels):
+    """(input_ids, labels) of the text as if no sentinel stood in it, or None where a merge crosses an answer's edge.
+
+    Older Llama and Mistral tokenizers put a dummy space after every split, which the text itself does not have.
+    """
+    parts = re.split("|".join(map(re.escape, sentinels)), text)  # prompt, answer, between, answer, …
+    encoded = [tokenizer.encode("".join(parts[:i]), add_special_tokens=False) for i in range(1, len(parts) + 1)]
+    input_ids = encoded.pop()
+    if any(input_ids[: len(before)] != before for before in encoded):
+        return None
+    labels = [IGNORE] * len(input_ids)
+    for start, end in zip(map(len, encoded[::2]), map(len, encoded[1::2]), strict=True):
+        labels[start : end + 1] = input_ids[start : end + 1]  # with the EOS
     return input_ids, labels
 
 
@@ -269,7 +287,7 @@ def _divide(prompt: Prompt, max_tokens: int) -> list[Prompt]:
         if len(prompt.prefix) + len(input_ids) > max_tokens:
             needed = len(prompt.prefix) + len(input_ids)
             raise ValueError(f"row {prompt.ids[i]} needs {needed} tokens, more than --pack-tokens {max_tokens}")
-        if labels[0] != IGNORE:
+        if not labels or labels[0] != IGNORE:
             raise ValueError(f"row {prompt.ids[i]}: the branch's first token is learned; begin it with prompt text")
         if size + len(input_ids) > max_tokens:
             parts.append([])
@@ -508,8 +526,8 @@ def load_adapter(model: nn.Module, folder) -> list[str]:
         *("use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
     ]
     used = [key for key in unsupported if config.get(key)]
-    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
-        used.append("init_lora_weights")  # these change the base weights too, which the file does not hold
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+        used.append("init_lora_weights")  # others, such as PiSSA, change the base weights too
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
         raise ValueError(f"{folder}: only plain LoRA adapters can be loaded ({used or config.get('peft_type')})")
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -408,7 +408,12 @@ def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> Path
         shutil.rmtree(folder)
     temporary.rename(folder)
     _sync(folder.parent)
-    for old in sorted(folder.parent.glob("step-????????"))[:-keep]:
+    whole = sorted(folder.parent.glob("step-????????"))
+    for later in whole[whole.index(folder) + 1 :]:  # gone back from with --resume FOLDER: no longer this run's
+        (run / "abandoned").mkdir(exist_ok=True)
+        shutil.rmtree(run / "abandoned" / later.name, ignore_errors=True)
+        later.rename(run / "abandoned" / later.name)
+    for old in whole[: whole.index(folder) + 1][:-keep]:
         shutil.rmtree(old)
     return folder
 
@@ -470,13 +475,14 @@ def adopt_settings(checkpoint: Path, args: argparse.Namespace) -> None:
             setattr(args, name, same[name])
 
 
-def resume(checkpoint: Path, same: dict, optimizer: torch.optim.Optimizer, parameters: dict) -> int:
-    """Restore optimizer and random numbers; returns the step. Exits where a setting in `same` has changed since."""
+def first_step(checkpoint: Path | None, same: dict) -> int:
+    """The step to go on after, 0 without a checkpoint. Exits where a setting in `same` has changed since."""
+    if checkpoint is None:
+        return 0
     state = json.loads((checkpoint / "state.json").read_text())
     changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in same.items() if state["same"].get(k) != v]
     if changed:
         raise SystemExit(f"{checkpoint} is of another run: {'; '.join(changed)}. Use another --out")
-    load_optimizer(checkpoint / "optimizer.safetensors", optimizer, parameters)
     return state["step"]
 
 
@@ -498,8 +504,9 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dic
     cuda = tensors.pop("rng cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    if {key.rpartition(" ")[0] for key in tensors} != parameters.keys():
-        raise ValueError(f"{path}: its parameters are not those trained now (--tune, --lora-r and model must match)")
+    # a parameter that no output depends on, such as the tower's last layer, has no state
+    if not {key.rpartition(" ")[0] for key in tensors} <= parameters.keys():
+        raise ValueError(f"{path}: its parameters are not those trained now (--tune and model must match)")
     for key, value in tensors.items():
         name, _, entry = key.rpartition(" ")
         device = "cpu" if entry == "step" else parameters[name].device
@@ -569,7 +576,7 @@ class Metrics:
     def __init__(self, path: Path, step: int, total: int):
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     entry = json.loads(line)
                 except ValueError:
@@ -577,6 +584,7 @@ class Metrics:
                 if entry["step"] <= step:
                     kept.append(entry)
         write_jsonl(path, kept)
+        self.validated = max((entry["step"] for entry in kept if "val_loss" in entry), default=0)
         self.file = path.open("a", encoding="utf-8")
         self.total, self.first, self.begun, self.printed = total, step, time.monotonic(), 0.0
         terminal = sys.stderr.isatty()

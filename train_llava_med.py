@@ -4,8 +4,9 @@ A data row, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; image path
 
     {"id": "kv_00017", "image": "images/cl8k2u.jpg", "question": "How many polyps are in the image?", "answer": "1"}
 
+    make demo                                                            # on a CPU, from nothing; or by hand:
     python demo.py llava_med && python train_llava_med.py --model runs/demo/llava_med/model \\
-        --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 8   # CPU demo
+        --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 9 --pack-tokens 512
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check               # the proof
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --epochs 3            # one GPU
 
@@ -624,6 +625,8 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
     metrics = runtime.Metrics(run.folder / "metrics.jsonl", start, len(plan))
     stop = runtime.StopSignal()
     loss = math.nan
+    if validate and metrics.validated < start and (start == len(plan) or start % args.eval_every == 0):
+        metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
     model.train()
     begun = time.monotonic()
     for step, rows in enumerate(loader, start=start + 1):
@@ -845,13 +848,21 @@ def main(argv=None) -> None:
         args.out = f"{args.out}/overfit"
         shutil.rmtree(args.out, ignore_errors=True)
 
-    # ---- model ----
+    # ---- the plan, and the place to go on from ----
     torch.manual_seed(args.seed)
     device, dtype = runtime.pick_device(args.device, args.dtype)
     run = Run(args, Path(args.out), device, text, media_reader(data, processor))
-    checkpoint = checkpoint or runtime.find_checkpoint(run.folder, args.resume)
+    plan, start = [], 0
     if args.eval_only and not splits[args.eval_split]:
         raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
+    if not args.eval_only:
+        plan = make_plan(trees["train"], args)
+        same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
+        same |= {"steps": len(plan), "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
+        checkpoint = runtime.find_checkpoint(run.folder, args.resume)
+        start = runtime.first_step(checkpoint, same)
+
+    # ---- model and optimizer ----
     model = load_model(folder, args, text, device, dtype)
     trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
     share = sum(p.numel() for p in trained.values()) / sum(p.numel() for p in model.parameters())
@@ -862,14 +873,9 @@ def main(argv=None) -> None:
         evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
         return
 
-    # ---- plan, optimizer, and the place to go on from ----
-    plan = make_plan(trees["train"], args)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
-    same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
-    same |= {"steps": len(plan), "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
-    start = 0
     if checkpoint:
-        start = runtime.resume(checkpoint, same, optimizer, trained)
+        runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
     else:
         runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 

@@ -11,7 +11,7 @@ import transformers
 
 import demo
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models; two test processes at a time use the second core
 transformers.logging.disable_progress_bar()
 
 

@@ -32,13 +32,18 @@ def bytes_bpe():
 
 
 def sentencepiece(kind: str):
-    """A SentencePiece-like BPE with a dummy space before all parts of a text ("always") or before the first alone."""
+    """A SentencePiece-like BPE with a dummy space before all parts of a text ("always"), before the first alone, or,
+    as the files of older Llama and Mistral tokenizers have it, from a normaliser that does not look whether a space
+    stands there already."""
     merges = ["▁ ▁", "▁ l", "▁l e", "f t", "▁le ft", "l e", "le ft", "▁ [", "▁ q"]
     merges = [tuple(merge.split()) for merge in merges]
     pieces = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "▁", "\n", *(a + b for a, b in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -205,8 +210,10 @@ def test_sentencepiece_answer_has_its_usual_pieces(kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["always", "first"])
-@pytest.mark.parametrize("text", ["[X]<ANS> left</ANS></s>", "[X]<ANS> left left</ANS></s> q"])
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer"])
+@pytest.mark.parametrize(
+    "text", ["[X]<ANS> left</ANS></s>", "[X]<ANS>left</ANS></s>", "[X]<ANS> left left</ANS></s> q"]
+)
 def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text):
     tokenizer = sentencepiece(kind)
     plain = tokenizer.tokenize(text.replace("<ANS>", "").replace("</ANS>", ""))

@@ -427,3 +427,20 @@ def test_nothing_is_unpickled_and_no_connection_is_opened(demo_folder, tmp_path,
     assert used == []
     kinds = {p.suffix for p in (*(tmp_path / "run").rglob("*"), *(tmp_path / "merged").rglob("*")) if p.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors", ".jinja"}
+
+
+def test_a_download_that_breaks_off_is_tried_again_then_checked_like_a_folder(demo_folder, monkeypatch):
+    tries = []
+
+    def snapshot_download(name, allow_patterns):
+        tries.append((name, "*.safetensors" in allow_patterns))
+        if len(tries) < 3:
+            raise OSError("connection reset")
+        return str(demo_folder / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(runtime.time, "sleep", lambda seconds: None)
+    assert runtime.model_folder("organisation/llava") == demo_folder / "model"
+    assert tries == [("organisation/llava", True)] * 3
+    with pytest.raises(SystemExit, match="no such folder"):
+        runtime.model_folder("runs/no/such/folder")

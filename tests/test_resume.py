@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import read_lines, read_tensors, refused, run
 
+import runtime
 import train_llava_med
 
 ROOT = Path(train_llava_med.__file__).parent
@@ -152,6 +153,16 @@ def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tm
     assert 2 <= steps[-1] < 16
     run(demo_folder, out, *flags)
     assert_same_run(out, tmp_path / "whole", steps=16)
+
+
+def test_a_metrics_line_with_a_line_separator_in_an_id_is_kept(tmp_path):
+    path, line = tmp_path / "metrics.jsonl", {"step": 1, "val_loss": 0.5, "ids": ["a\u2028b\u0085c"]}
+    for start in (0, 1, 1):  # rewritten on every start
+        metrics = runtime.Metrics(path, start, 2)
+        if start == 0:
+            metrics.write(**line)
+        metrics.close()
+    assert read_lines(path) == [line]
 
 
 def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, tmp_path, capsys):
