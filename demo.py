@@ -66,7 +66,7 @@ COLORS = {
 COLOR_SHARES = [0.45, 0.20, 0.13, 0.12, 0.10]  # one colour dominates, as in the real data
 
 # Radii in pixels leave a gap between the classes, so that no polyp lies on a border between two answers.
-SIZES = {"<5mm": (9, 10.5), "5-10mm": (15, 17.5), "11-20mm": (23.5, 26.5), ">20mm": (34, 38)}
+SIZES = {"<5mm": (10, 11.5), "5-10mm": (15, 17.5), "11-20mm": (23.5, 26.5), ">20mm": (34, 38)}
 SIZE_SHARES = [0.18, 0.27, 0.37, 0.18]
 SIZE_WORDS = {"<5mm": "tiny", "5-10mm": "small", "11-20mm": "medium-sized", ">20mm": "large"}
 

@@ -164,8 +164,13 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.process = None, os.getpid()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def close(self) -> None:
+        """Signals do again what they did before: the last step is saved, the rest can be cut short."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, frame):
         if os.getpid() != self.process:  # a worker that reads media, stopped by the trainer when it is done
@@ -554,7 +559,9 @@ def report_check(path: Path, report: dict, fatal: list[Problem], faults: list[Pr
         print(f"fault: {problem}")
     skipped = sorted({p.where for p in faults}) if skip_bad and not fatal else []
     failures = [str(p) for p in ([*fatal, *faults] if not skipped else [])]
-    write_json(path, {"passed": not failures, **report, "failures": failures, "skipped": skipped})
+    reasons = [str(p) for p in faults] if skipped else []
+    result = {"passed": not failures, **report, "failures": failures, "skipped": skipped, "skipped_because": reasons}
+    write_json(path, result)
     if failures:
         raise SystemExit(f"{len(failures)} faults, listed in {path}; --skip-bad leaves rows with faults out, by name")
 

@@ -6,7 +6,7 @@ A data row, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; image path
 
     make demo                                                            # on a CPU, from nothing; or by hand:
     python demo.py llava_med && python train_llava_med.py --model runs/demo/llava_med/model \\
-        --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 9 --pack-tokens 512
+        --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 8 --pack-tokens 512
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check               # the proof
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --epochs 3            # one GPU
 
@@ -675,6 +675,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
             model.train()
             begun = time.monotonic()
     metrics.close()
+    stop.close()
     return loss
 
 
