@@ -152,3 +152,9 @@ def test_the_training_loop_is_the_same_text_in_every_script():
 def test_saving_comes_before_evaluating_in_the_loop():
     loop = fenced(SCRIPTS[0]).partition("for step, rows in enumerate(loader")[2]
     assert loop.index("optimizer.step()") < loop.index("save(step)") < loop.index("val_loss=validate()")
+
+
+def test_every_proof_that_the_readme_names_is_a_test():
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", (ROOT / "README.md").read_text())
+    assert len(named) > 15
+    assert [name for path, name in named if f"def {name}(" not in (ROOT / path).read_text()] == []
