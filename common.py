@@ -48,7 +48,7 @@ def image_token_id(config) -> int:
     read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     named = {n: read(n) for n in ("image_token_index", "image_token_id") if read(n) is not None}
     if not named:
-        raise ValueError("config.json names no image token: add image_token_index (LLaVA: usually 32000)")
+        raise ValueError("config.json names no image token: add the image_token_index of the original checkpoint")
     if len(set(named.values())) > 1:
         raise ValueError(f"config.json names two different image tokens: {named}")
     token_id = next(iter(named.values()))
@@ -92,7 +92,7 @@ def separate_pad_from_eos(tokenizer, model=None) -> str:
     """Give PAD an ID of its own where it is missing or equals EOS; returns a line saying what was found and done.
 
     With PAD = EOS, whoever masks PAD in the labels masks EOS too, and generation never stops. Embeddings only
-    grow: `resize_token_embeddings(len(tokenizer))` would shrink a padded one (Qwen2: 151,936 rows, 151,657
+    grow: `resize_token_embeddings(len(tokenizer))` would shrink a padded one (151,936 rows, 151,657
     tokens). Raises ValueError where the tokenizer has no EOS.
     """
     if tokenizer.eos_token_id is None:
@@ -169,7 +169,7 @@ def encode_supervised(tokenizer, text: str, sentinels=SENTINELS, keep_sentinels=
 def _encode_whole(tokenizer, text, sentinels):
     """(input_ids, labels) of the text as if no sentinel stood in it, or None where a merge crosses an answer's edge.
 
-    Older Llama and Mistral tokenizers put a dummy space after every split, which the text itself does not have.
+    Some SentencePiece tokenizers put a dummy space after every split, which the text itself does not have.
     """
     parts = re.split("|".join(map(re.escape, sentinels)), text)  # prompt, answer, between, answer, …
     encoded = [tokenizer.encode("".join(parts[:i]), add_special_tokens=False) for i in range(1, len(parts) + 1)]
