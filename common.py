@@ -48,7 +48,7 @@ def image_token_id(config) -> int:
     read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     named = {n: read(n) for n in ("image_token_index", "image_token_id") if read(n) is not None}
     if not named:
-        raise ValueError("config.json names no image token: add the image_token_index of the original checkpoint")
+        raise ValueError("config.json names no image token: add image_token_index as the original checkpoint has it")
     if len(set(named.values())) > 1:
         raise ValueError(f"config.json names two different image tokens: {named}")
     token_id = next(iter(named.values()))
