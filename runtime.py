@@ -181,6 +181,11 @@ class StopSignal:
         print(f"\n{self.received}: finishing this step, then saving", file=sys.stderr, flush=True)
 
 
+def leave_group(worker: int) -> None:
+    """For a process that reads media: Ctrl-C and `timeout` signal the whole group, but only the trainer may stop it."""
+    os.setpgrp()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 4  Model folders
 # ------------------------------------------------------------------------------------------------------------

@@ -593,6 +593,12 @@ class Steps(Dataset):
         return [{**row, **self.read_media(row["prompts"])} for row in rows]
 
 
+def start_loader(steps: Steps, workers: int) -> DataLoader:
+    # a generator of its own: starting the loader must not draw from the one that dropout uses
+    generator = torch.Generator()
+    return DataLoader(steps, None, num_workers=workers, generator=generator, worker_init_fn=runtime.leave_group)
+
+
 def make_plan(prompts: list[Prompt], args) -> list[list[Prompt]]:
     """The optimizer steps of the whole run; a function of the seed alone, so that any step can be gone back to."""
     plan = []
@@ -620,8 +626,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
     args, device = run.args, run.device
     parameters = [p for p in model.parameters() if p.requires_grad]
     steps = Steps(plan[start:], args.pack_tokens, run.read_media)
-    # a generator of its own: starting the loader must not draw from the one that dropout uses
-    loader = DataLoader(steps, batch_size=None, num_workers=args.workers, generator=torch.Generator())
+    loader = start_loader(steps, args.workers)
     metrics = runtime.Metrics(run.folder / "metrics.jsonl", start, len(plan))
     stop = runtime.StopSignal()
     loss = math.nan
@@ -707,8 +712,7 @@ def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
 def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
     few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
-    loader = DataLoader(few, batch_size=None, num_workers=run.args.workers, generator=torch.Generator())
-    for rows in loader:
+    for rows in start_loader(few, run.args.workers):
         yield from (to_device(row, run.device) for row in rows)
 
 
