@@ -91,7 +91,7 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on a GPU, fp32 on a CPU")
     add("--workers", type=int, default=0, help="processes that read media (default: 0, in the trainer itself)")
-    add("--grad-checkpoint", action=yes_no, default=False, help="recompute activations: less memory, a third slower")
+    add("--grad-checkpoint", action=yes_no, default=False, help="recompute activations: less memory, slower")
     add("--compile", action=yes_no, default=False, help="torch.compile the language model")
 
     add = parser.add_argument_group("saving and going on").add_argument
