@@ -19,7 +19,7 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -259,26 +259,42 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
 
+    def learned(self) -> int:
+        """How many of its tokens are learned."""
+        return sum(label != IGNORE for _, labels in self.branches for label in labels)
 
-def pack(prompts: list[Prompt], max_tokens: int) -> list[dict]:
-    """Pack prompt trees into rows of at most max_tokens tokens (first fit, longest first).
+
+def pack(prompts: list[Prompt], max_tokens: int, ranks: int = 1) -> list[dict]:
+    """Pack prompt trees into rows of at most max_tokens tokens, as few as it takes, and of nearly equal length.
 
     Each row is a dictionary of input_ids, labels, document, branch, all (1, T) int64, position_ids (1, T) or
     (3, 1, T), `ends` (questions,), the index of each branch's last token, and `prompts`, the trees in row order.
+    The number of rows is a multiple of `ranks`; rank r takes rows[r::ranks]. Where there are fewer trees than
+    ranks, rows are added from which nothing is learned: every rank must make as many passes as the others.
     A tree longer than max_tokens is divided, its prefix repeated. Raises ValueError where one branch alone does
     not fit, and where a branch's first token is learned: the token before it in the row is another branch's.
     """
     pieces = [piece for prompt in prompts for piece in _divide(prompt, max_tokens)]
-    rows, room = [], []
-    for piece in sorted(pieces, key=len, reverse=True):
-        fits = next((i for i, free in enumerate(room) if len(piece) <= free), None)
-        if fits is None:
-            rows.append([])
-            room.append(max_tokens)
-            fits = len(rows) - 1
-        rows[fits].append(piece)
-        room[fits] -= len(piece)
-    return [_row(row) for row in rows]
+    pieces.sort(key=len, reverse=True)
+    count = ranks * math.ceil(sum(map(len, pieces)) / (ranks * max_tokens))
+    while (rows := _spread(pieces, count, max_tokens)) is None:
+        count += ranks
+    return [_row(row or [_nothing_learned(pieces[-1])]) for row in rows]
+
+
+def _spread(pieces: list[Prompt], count: int, max_tokens: int) -> list[list[Prompt]] | None:
+    """The longest first, each into the emptiest of `count` rows; None where one does not fit."""
+    rows, lengths = [[] for _ in range(count)], [0] * count
+    for piece in pieces:
+        emptiest = lengths.index(min(lengths))
+        rows[emptiest].append(piece)
+        lengths[emptiest] += len(piece)
+    return rows if max(lengths, default=0) <= max_tokens else None
+
+
+def _nothing_learned(prompt: Prompt) -> Prompt:
+    branches = [(input_ids, [IGNORE] * len(labels)) for input_ids, labels in prompt.branches]
+    return replace(prompt, branches=branches)
 
 
 def _divide(prompt: Prompt, max_tokens: int) -> list[Prompt]:
@@ -564,12 +580,11 @@ def _first(keys) -> str:
     return min(keys, default="none")
 
 
-def save_trained(model: nn.Module, folder) -> None:
-    """Everything that is trained: an adapter, or with full tuning model.safetensors by parameter name."""
+def save_trained(model: nn.Module, folder, trained: dict[str, torch.Tensor]) -> None:
+    """Everything that is trained: an adapter, or with full tuning `trained`, by parameter name, on the CPU."""
     if lora_layers(model):
         save_adapter(model, folder)
     else:
-        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, Path(folder) / "model.safetensors")
 
 

@@ -2,11 +2,12 @@
 
     1  flags          the options every script shares, and where each value came from
     2  devices        device, number format, memory
-    3  signals        finish the step, save, exit with a code of its own
-    4  model folders  downloaded with retries, refused when incomplete
-    5  reading data   rows with their file and line, images that cannot do harm, problems listed all at once
-    6  checkpoints    atomic, verified, never pickled
-    7  the run folder settings, metrics, results
+    3  ranks          several processes train one model: who writes, what is summed, what is sharded
+    4  one program    signals finish the step, save, and exit with a code of their own; a run folder has one owner
+    5  model folders  downloaded with retries, refused when incomplete
+    6  reading data   rows with their file and line, images that cannot do harm, problems listed all at once
+    7  checkpoints    atomic, verified, never pickled
+    8  the run folder settings, metrics, results
 
 Imports none of our files and knows no model. What decides whether learning is right is in common.py.
 """
@@ -20,23 +21,32 @@ import platform
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
 import safetensors
 import torch
+import torch.distributed as dist
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = None  # open_image has a cap of its own; Pillow's would warn first and raise later
-EXIT_STOPPED = 85  # a signal ended the run after a saved step: start it again to go on
+EXIT_STOPPED = 85  # a signal ended the run, which had saved its last step: start it again to go on
+EXIT_NOT_FINITE = 86  # several steps in a row had a loss or gradient that is not finite
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Flags
@@ -56,6 +66,7 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--out", help="run folder")
     add("--limit", type=int, help="use only the first LIMIT rows of each split")
     add("--skip-bad", action=yes_no, default=False, help="leave rows with faults out, by name, in check.json")
+    add("--only-ids", metavar="FILE", help="train on these rows alone: a line an ID, or a bad_steps.jsonl to replay")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--tune", choices=["lora", "full"], default="lora", help="adapters, or every parameter (default: lora)")
@@ -91,14 +102,26 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on a GPU, fp32 on a CPU")
     add("--workers", type=int, default=0, help="processes that read media (default: 0, in the trainer itself)")
+    add(
+        "--parallel",
+        choices=["ddp", "fsdp"],
+        default="ddp",
+        help="several ranks: a whole model each, or decoder layers sharded over them (default: ddp)",
+    )
     add("--grad-checkpoint", action=yes_no, default=False, help="recompute activations: less memory, slower")
     add("--compile", action=yes_no, default=False, help="torch.compile the language model")
 
     add = parser.add_argument_group("saving and going on").add_argument
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
-    add("--eval-every", type=int, default=200, help="steps between validation losses (default: %(default)s)")
+    add(
+        "--eval-every",
+        type=int,
+        default=200,
+        help="steps between validation losses, each after a checkpoint (default: %(default)s)",
+    )
     add("--keep", type=int, default=2, help="checkpoints kept (default: %(default)s)")
     add("--resume", default="auto", help="auto (newest whole checkpoint of --out), none, or a folder")
+    add("--resume-anyway", action="store_true", help="go on although settings or data have changed")
     add("--eval-split", choices=["test", "val", "train"], default="test", help="split answered at the end")
     add(
         "--decode",
@@ -121,14 +144,15 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     return parser
 
 
-def describe_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> str:
-    """Every setting with its origin: given as a flag, or the default."""
+def print_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
+    """Every setting with its origin: given as a flag, or the default. Of several ranks only the first prints."""
     given, rest = [], []
     for action in parser._actions:
         if action.dest != "help":
             used = any(a.split("=")[0] in action.option_strings for a in argv)
             (given if used else rest).append(f"{action.dest} {getattr(args, action.dest)}")
-    return f"settings, given: {', '.join(given)}\nsettings, default: {', '.join(rest)}"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"settings, given: {', '.join(given)}\nsettings, default: {', '.join(rest)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -141,6 +165,11 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(f"rank {device.index} of this node has no GPU: torch sees {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" else "fp32"
     return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -155,39 +184,328 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3  Signals
+# 3  Ranks: torchrun, or srun with the same variables, starts the script several times; each process is a rank
 # ------------------------------------------------------------------------------------------------------------
+
+PATIENCE = timedelta(minutes=20)  # for a rank that does not answer; the first one may be writing a large checkpoint
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_ranks(device: torch.device) -> None:
+    """Find the other ranks, where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say that there are some."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first rank reports; errors of all go to stderr)
+
+
+def end_ranks() -> None:
+    """Wait for all: where one leaves early, the others believe that it has died."""
+    if dist.is_initialized():
+        any_rank(False)
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether flag is set on any rank; the same answer on all."""
+    return bool(sum_over_ranks(torch.tensor(float(flag))))
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value) -> list:
+    """Every rank's JSON-like value, in the order of ranks, on all of them. (torch's own gather pickles.)"""
+    if not dist.is_initialized():
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, len(parts[0]) - len(data))))
+    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+def on_first_rank(function):
+    """What function() returns on the first rank, JSON-like, for all of them; where it ends the program, all end."""
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = [function(), None]
+        except SystemExit as stop:
+            outcome = [None, stop.code]
+    value, code = gather(outcome)[0]
+    if code is not None:
+        raise SystemExit(code if rank() == 0 or isinstance(code, int) else 1)
+    return value
+
+
+def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: str) -> None:
+    """Put the model on the device: whole ("ddp"), or with the layers of its decoder sharded over the ranks ("fsdp").
+
+    Sharded are a layer's large weights. Adapters stay whole on every rank, as does what is outside the decoder's
+    layers; their gradients are summed by sum_gradients. `decoder` is a module with a list `layers`.
+    """
+    if parallel == "fsdp" and ranks() > 1:
+        mesh = init_device_mesh(device.type, (ranks(),))
+        small = torch.bfloat16 if dtype == torch.bfloat16 else None  # what travels; gradients are summed in float32
+        policy = MixedPrecisionPolicy(small, torch.float32, cast_forward_inputs=False)
+        layers = {p for layer in decoder.layers for p in layer.parameters()}
+        adapters = {p for p in layers if p.requires_grad} if any(not p.requires_grad for p in layers) else set()
+        stay = {p for p in model.parameters() if p not in layers} | adapters
+        for layer in decoder.layers:  # each goes to the device, and is sharded, before the next
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=stay)
+            layer.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients: train() has divided already
+        fully_shard(decoder, mesh=mesh, mp_policy=policy, ignored_params=stay)  # lets a layer be fetched ahead
+    model.to(device)
+    if dist.is_initialized():
+        for parameter in model.parameters():  # whatever drew them, all begin with the first rank's
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                dist.broadcast(parameter.data, 0)
+
+
+@contextmanager
+def equal_passes(decoder, idle):
+    """For answering, where ranks differ in their number of forward passes.
+
+    A sharded layer is fetched from all ranks in every pass, so all must make equally many: each pass is announced,
+    and a rank that has finished its share goes on with idle() until nobody announces one.
+    """
+    if not isinstance(decoder, FSDPModule):
+        yield
+        return
+    announce = decoder.register_forward_pre_hook(lambda *_: any_rank(True))
+    try:
+        yield
+    finally:
+        announce.remove()
+    while any_rank(False):
+        idle()
+
+
+def sum_gradients(parameters: list, bucket: int = 2**24) -> None:
+    """Add up the gradients of all ranks, some 64 MB at a time; FSDP has already done so for what it shards.
+
+    Unlike DistributedDataParallel this happens once, after the step's last row, and a parameter that only some
+    ranks used counts as zero on the others; one that none used keeps no gradient.
+    """
+    if not dist.is_initialized():
+        return
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    used = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters]))
+    parameters = [p for p, n in zip(parameters, used.tolist(), strict=True) if n > 0]
+    while parameters:
+        count, size = 0, 0
+        while count < len(parameters) and (count == 0 or size + parameters[count].numel() <= bucket):
+            size += parameters[count].numel()
+            count += 1
+        some, parameters = parameters[:count], parameters[count:]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+        summed = sum_over_ranks(torch.cat([g.flatten() for g in grads]))
+        for p, part in zip(some, summed.split([p.numel() for p in some]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def clip_gradients(parameters: list, largest: float) -> float:
+    """Scale the gradients so that their norm, over all shards, is at most `largest`; returns the norm before."""
+    shards = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if shards:
+        norm = torch.hypot(norm, sum_over_ranks(torch.nn.utils.get_total_norm(shards) ** 2).sqrt())
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads + shards:
+        grad.mul_(factor)
+    return float(norm)
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, shards put together: on the first rank. The others must call it too and get none."""
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0:
+            copies[name] = tensor.detach().cpu().contiguous()
+    return copies
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4  One program: its signals, its run folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def program(args: argparse.Namespace, own: bool):
+    """What lasts from start to end: ranks know each other, signals are noted, and with `own` --out is nobody else's.
+
+    Gives (device, dtype, stop).
+    """
+    device, dtype = pick_device(args.device, args.dtype)
+    start_ranks(device)
+    with StopSignal() as stop, Lock(Path(args.out)) if own else nullcontext():
+        yield device, dtype, stop
+        end_ranks()
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 (Slurm's warning) or SIGINT; the loop asks after each step. A second one exits at once."""
+    """Notes SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT. While `waits` is set, the loop asks for `received` and
+    stops after its step; otherwise there is nothing to save, and the program ends. A second signal ends it at once.
+    """
 
     def __init__(self):
-        self.received, self.process = None, os.getpid()
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.received, self.at, self.waits = None, 0.0, False
 
-    def close(self) -> None:
-        """Signals do again what they did before: the last step is saved, the rest can be cut short."""
+    def __enter__(self) -> "StopSignal":
+        self.before = {n: signal.signal(n, self._note) for n in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
-        if os.getpid() != self.process:  # a worker that reads media, stopped by the trainer when it is done
-            return
+    @contextmanager
+    def at_once(self):
+        """For what may be cut short, because the last step is saved."""
+        self.waits = False
         if self.received:
+            raise SystemExit(EXIT_STOPPED)
+        yield
+        self.waits = True
+
+    def _note(self, number, frame):
+        if self.received:
+            if time.monotonic() - self.at < 0.1:  # `timeout` signals the process, then its group
+                return
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
-        print(f"\n{self.received}: finishing this step, then saving", file=sys.stderr, flush=True)
+        self.received, self.at = signal.Signals(number).name, time.monotonic()
+        what = "finishing this step, then saving" if self.waits else "nothing to save; start again to go on"
+        print(f"\n{self.received}: {what}", file=sys.stderr, flush=True)
+        if not self.waits:
+            raise SystemExit(EXIT_STOPPED)
 
 
-def leave_group(worker: int) -> None:
-    """For a process that reads media: Ctrl-C and `timeout` signal the whole group, but only the trainer may stop it."""
-    os.setpgrp()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def ignore_signals(worker: int) -> None:
+    """For a process that reads media: Ctrl-C, `timeout` and Slurm signal all of them, but the trainer decides."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Lock:
+    """RUN/lock names the host and process that own the run folder; a second run is refused, a dead one's lock taken.
+
+    Whether a process of this host lives is asked of the kernel. Of another host nothing can be asked: there the
+    owner touches the file every ten seconds, and a lock that nobody touches for two minutes is a dead run's (one
+    minute is how long a network file system may show an old time).
+    """
+
+    touch, patience = 10.0, 120.0  # seconds
+
+    def __init__(self, folder: Path):
+        self.path = folder / "lock"
+        self.text = json.dumps(_process(os.getpid()))
+        self.done = threading.Event()
+
+    def __enter__(self) -> "Lock":
+        on_first_rank(self._take)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        if rank() == 0 and self._mine():
+            self.path.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    with self.path.open("x") as file:
+                        file.write(self.text)
+                    break
+                except FileExistsError:
+                    self._wait_for_the_dead()
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def _keep(self) -> None:
+        while not self.done.wait(self.touch):
+            with suppress(OSError):  # tried again; if it is gone for good, the next checkpoint says so
+                os.utime(self.path)
+
+    def _mine(self) -> bool:
+        try:
+            return self.path.read_text() == self.text
+        except OSError:
+            return False
+
+    def _wait_for_the_dead(self) -> None:
+        """Remove the lock of a dead run; SystemExit where its run lives."""
+        try:
+            text, touched = self.path.read_text(), self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        try:
+            owner = json.loads(text)
+            where = f"process {owner['pid']} on {owner['host']}"
+        except (ValueError, KeyError, TypeError):
+            owner, where = {}, "an unknown process"
+        living = f"{self.path.parent} is in use by {where}: stop it first, or use another --out"
+        if owner.get("host") == socket.gethostname():
+            if owner == _process(owner["pid"]):
+                raise SystemExit(living)
+        else:
+            print(f"{self.path} is of {where}: waiting {self.patience:.0f} s for a sign of life", flush=True)
+            end = time.monotonic() + self.patience
+            while time.monotonic() < end:
+                time.sleep(self.touch / 10)
+                if not self.path.exists():
+                    return
+                if self.path.stat().st_mtime_ns != touched:
+                    raise SystemExit(living)
+        if self.path.exists() and self.path.read_text() == text:
+            print(f"{self.path} was left by {where}, which has ended: taken over")
+            self.path.unlink(missing_ok=True)
+
+
+def _process(pid: int) -> dict | None:
+    """A living process of this host, told from a later one with its number by when it began; None where it is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text() if sys.platform == "linux" else os.kill(pid, 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    fields = stat.rpartition(")")[2].split() if stat else [""] * 20
+    return None if fields[0] == "Z" else {"host": socket.gethostname(), "pid": pid, "began": fields[19]}
+
+
+@contextmanager
+def writing(path: Path):
+    """Turn a write that fails into an error that says what was full, or not ours to write."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        raise SystemExit(
+            f"{path} cannot be written: {error} ({free / 2**20:,.0f} MB free in {folder}). What was saved before is "
+            "whole: mend the cause and start the same command again"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4  Model folders
+# 5  Model folders
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +602,7 @@ def image_processor(folder: Path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  Reading data
+# 6  Reading data
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,10 +650,14 @@ def misspelt(row: dict, known: set[str]) -> str | None:
 
 def inside(folder: Path, name: str) -> Path:
     """folder/name, or ValueError where it does not exist or leaves the folder (.., absolute path, symbolic link)."""
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+        raise ValueError(f"{name} cannot be opened: {error}") from None
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{name} leads outside the data folder; copy the file into it")
-    if not path.is_file():
+    if not found:
         raise ValueError(f"{name} is missing; restore the file or leave the row out (--skip-bad)")
     return path
 
@@ -372,9 +694,10 @@ def check_media(folder: Path, rows, open_media) -> list[Problem]:
         except ValueError as error:
             return str(error), None
 
+    mine = names[rank() :: ranks()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
-        looked = tqdm(pool.map(look, names), "media", len(names), unit="file", disable=not sys.stderr.isatty())
-        faults = dict(zip(names, looked, strict=True))
+        looked = tqdm(pool.map(look, mine), "media", len(mine), unit="file", disable=not sys.stderr.isatty())
+        faults = {k: v for part in gather(dict(zip(mine, looked, strict=True))) for k, v in part.items()}
     problems, first = [], {}
     for row in rows:
         broken = [faults[name][0] for name in row.media if faults[name][0]]
@@ -395,37 +718,61 @@ def file_sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6  Checkpoints
+# 7  Checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> None:
     """Write checkpoints/step-N: beside its final name, synced, then renamed, so that a kill leaves the old ones whole.
 
     write(folder) puts the tensors there; state is saved as state.json; manifest.json holds every file's sha256.
+    The first rank writes, the others wait. SystemExit where it fails: what was saved before is whole.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = checkpoint_folder(run, step)
     temporary = folder.with_suffix(".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    write_json(temporary / "state.json", state)
-    files = {p.name: file_sha256(p) for p in sorted(temporary.iterdir())}
-    write_json(temporary / "manifest.json", files)
-    for path in (*temporary.iterdir(), temporary):
+
+    def save() -> None:
+        lock = run / "lock"
+        if lock.exists() and lock.read_text() != json.dumps(_process(os.getpid())):
+            raise SystemExit(f"another run has taken {run} over ({lock}); step {step} is not saved")
+        try:
+            with writing(folder):
+                _write_checkpoint(temporary, write, state)
+                if folder.exists():  # only a broken one: a resumed run starts after the newest that is whole
+                    shutil.rmtree(folder)
+                temporary.rename(folder)
+                _sync(folder.parent)
+        except SystemExit:
+            shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
+            raise
+        _tidy(run, folder, keep)
+
+    on_first_rank(save)
+
+
+def _write_checkpoint(folder: Path, write, state: dict) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write(folder)
+    write_json(folder / "state.json", state)
+    write_json(folder / "manifest.json", {p.name: file_sha256(p) for p in sorted(folder.iterdir())})
+    for path in (*folder.iterdir(), folder):
         _sync(path)
-    if folder.exists():  # only a broken one: a resumed run starts after the newest that is whole
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    whole = sorted(folder.parent.glob("step-????????"))
-    for later in whole[whole.index(folder) + 1 :]:  # gone back from with --resume FOLDER: no longer this run's
-        (run / "abandoned").mkdir(exist_ok=True)
-        shutil.rmtree(run / "abandoned" / later.name, ignore_errors=True)
-        later.rename(run / "abandoned" / later.name)
-    for old in whole[: whole.index(folder) + 1][:-keep]:
+
+
+def _tidy(run: Path, newest: Path, keep: int) -> None:
+    """Keep the `keep` last checkpoints up to the newest; move away those that --resume FOLDER went back from."""
+    for folder in sorted(newest.parent.glob("step-????????")):
+        if folder > newest:
+            (run / "abandoned").mkdir(exist_ok=True)
+            shutil.rmtree(run / "abandoned" / folder.name, ignore_errors=True)
+            folder.rename(run / "abandoned" / folder.name)
+    for old in sorted(newest.parent.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
-    return folder
 
 
 def _sync(path: Path) -> None:
@@ -450,11 +797,16 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
     """The checkpoint that --resume names: a folder, or with "auto" the newest of the run whose manifest holds."""
+    found = on_first_rank(lambda: _find_checkpoint(run, resume))
+    return Path(found) if found else None
+
+
+def _find_checkpoint(run: Path, resume: str) -> str | None:
     if resume not in ("auto", "none"):
         fault = checkpoint_fault(Path(resume))
         if fault:
             raise SystemExit(f"--resume {resume}: {fault}")
-        return Path(resume)
+        return resume
     folders = sorted((run / "checkpoints").glob("step-????????"), reverse=True)
     if resume == "none" and folders:
         raise SystemExit(f"{run} holds checkpoints of an earlier run: use another --out, or --resume auto to go on")
@@ -462,14 +814,14 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         fault = checkpoint_fault(folder)
         if not fault:
             print(f"resuming from {folder}")
-            return folder
+            return str(folder)
         print(f"passing over {folder}: {fault}")
     if folders:  # starting over without a word would lose the run
         raise SystemExit(f"no checkpoint of {run} is whole; restore one, or start again with another --out")
     return None
 
 
-# what may not change when a run goes on
+# what may not change when a run goes on; how many ranks share the work may
 SAME_SETTINGS = [
     *("tune", "lora_r", "lora_alpha", "rslora", "lora_dropout", "lr", "warmup", "weight_decay", "clip"),
     *("seed", "questions_per_step", "pack_tokens", "share_prefix", "sentinels", "dtype"),
@@ -485,61 +837,76 @@ def adopt_settings(checkpoint: Path, args: argparse.Namespace) -> None:
             setattr(args, name, same[name])
 
 
-def first_step(checkpoint: Path | None, same: dict) -> int:
-    """The step to go on after, 0 without a checkpoint. Exits where a setting in `same` has changed since."""
+def first_step(checkpoint: Path | None, same: dict, anyway: bool) -> int:
+    """The step to go on after, 0 without a checkpoint. Exits where a setting in `same` has changed, unless `anyway`."""
     if checkpoint is None:
         return 0
     state = json.loads((checkpoint / "state.json").read_text())
     changed = [f"{k} was {state['same'].get(k)}, is {v}" for k, v in same.items() if state["same"].get(k) != v]
+    if changed and not anyway:
+        raise SystemExit(
+            f"{checkpoint} is of another run: {'; '.join(changed)}. Use another --out, or --resume-anyway to go on"
+        )
     if changed:
-        raise SystemExit(f"{checkpoint} is of another run: {'; '.join(changed)}. Use another --out")
+        print(f"going on anyway: {'; '.join(changed)}")
+    if state["step"] > same["steps"]:
+        raise SystemExit(f"{checkpoint} is of step {state['step']}, but the run has only {same['steps']} steps")
     return state["step"]
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> None:
-    """Optimizer state by parameter name and the random number generators, as safetensors."""
-    tensors = {"rng cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name} {key}"] = value.detach().cpu().contiguous()
-    save_file(tensors, path)
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> dict:
+    """The optimizer's state under names of its parameters."""
+    return {f"{n} {key}": value for n, p in parameters.items() for key, value in optimizer.state[p].items()}
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> None:
-    """Restore what save_optimizer wrote. Raises ValueError where the parameters are not the same."""
+    """Restore optimizer_tensors from a file. Raises ValueError where the parameters are not the same."""
     tensors = load_file(path)
-    torch.set_rng_state(tensors.pop("rng cpu"))
-    cuda = tensors.pop("rng cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
     # a parameter that no output depends on, such as the tower's last layer, has no state
     if not {key.rpartition(" ")[0] for key in tensors} <= parameters.keys():
         raise ValueError(f"{path}: its parameters are not those trained now (--tune and model must match)")
     for key, value in tensors.items():
         name, _, entry = key.rpartition(" ")
-        device = "cpu" if entry == "step" else parameters[name].device
-        optimizer.state[parameters[name]][entry] = value.to(device)
+        parameter = parameters[name]
+        if entry != "step":
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][entry] = value
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Whether two folders hold the same model: small files whole, of weights the size and both ends."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7  The run folder
+# 8  The run folder
 # ------------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value) -> None:
-    """Replace a JSON file whole, never in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Replace a JSON file whole, never in place; on the first rank only."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    temporary.replace(path)
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    if rank() == 0:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".writing")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
 
 
 def describe_run(args: argparse.Namespace, argv: list[str]) -> dict:
@@ -567,8 +934,9 @@ def report_check(path: Path, report: dict, fatal: list[Problem], faults: list[Pr
     reasons = [str(p) for p in faults] if skipped else []
     result = {"passed": not failures, **report, "failures": failures, "skipped": skipped, "skipped_because": reasons}
     write_json(path, result)
-    if failures:
-        raise SystemExit(f"{len(failures)} faults, listed in {path}; --skip-bad leaves rows with faults out, by name")
+    if failures:  # on every rank; one tells
+        text = f"{len(failures)} faults, listed in {path}; --skip-bad leaves rows with faults out, by name"
+        raise SystemExit(text if rank() == 0 else 1)
 
 
 def fingerprint(values) -> str:
@@ -579,32 +947,53 @@ def fingerprint(values) -> str:
     return digest.hexdigest()
 
 
+def read_ids(path: str) -> set[str]:
+    """Row IDs from a file: a line an ID, or a line of JSON with "ids", as in metrics.jsonl and bad_steps.jsonl."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        ids = [name for line in lines if line for name in (json.loads(line)["ids"] if line[0] == "{" else [line])]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"--only-ids {path}: neither a line an ID nor lines of JSON with ids ({error!r})") from None
+    return set(ids)
+
+
+def _lines_up_to(path: Path, step: int) -> list[dict]:
+    """The lines of a JSON-lines file up to a step: a resumed run takes the later ones again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill while it was written
+        if entry["step"] <= step:
+            kept.append(entry)
+    return kept
+
+
 class Metrics:
     """metrics.jsonl, a line a step, and a progress bar (a plain line every ten seconds where there is no terminal).
 
-    Lines after `step` are dropped on opening: they are of steps that a resumed run takes again.
+    bad_steps.jsonl has a line for each step whose loss or gradient was not finite. The first rank writes.
     """
 
-    def __init__(self, path: Path, step: int, total: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # cut off by a kill while it was written
-                if entry["step"] <= step:
-                    kept.append(entry)
-        write_jsonl(path, kept)
-        self.validated = max((entry["step"] for entry in kept if "val_loss" in entry), default=0)
-        self.file = path.open("a", encoding="utf-8")
+    def __init__(self, run: Path, step: int, total: int):
+        kept, self.bad_steps = _lines_up_to(run / "metrics.jsonl", step), run / "bad_steps.jsonl"
+        self.validated = gather(max((entry["step"] for entry in kept if "val_loss" in entry), default=0))[0]
+        write_jsonl(run / "metrics.jsonl", kept)
+        if self.bad_steps.exists():
+            write_jsonl(self.bad_steps, _lines_up_to(self.bad_steps, step))
+        self.path = run / "metrics.jsonl"
+        self.file = self.path.open("a", encoding="utf-8") if rank() == 0 else None
         self.total, self.first, self.begun, self.printed = total, step, time.monotonic(), 0.0
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and rank() == 0
         self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, unit="step") if terminal else None
 
     def write(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        if rank() > 0:
+            return
+        with writing(self.path):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
         step = values["step"]
         if "loss" not in values:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
@@ -623,6 +1012,14 @@ class Metrics:
                 flush=True,
             )
 
+    def write_bad(self, step: int, loss: float, grad_norm: float, ids: list[str]) -> None:
+        """A step that changed nothing, because its loss or gradient was not finite."""
+        self.say(f"step {step:05d} | loss {loss}, gradient norm {grad_norm}: nothing was changed by rows {ids}")
+        if rank() == 0:
+            with writing(self.bad_steps), self.bad_steps.open("a", encoding="utf-8") as file:
+                entry = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "ids": ids}
+                file.write(json.dumps(entry) + "\n")
+
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line)
@@ -630,6 +1027,7 @@ class Metrics:
             print(line, flush=True)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.bar is not None:
             self.bar.close()

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -65,7 +66,10 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if not (args.count_params or args.merge) and (args.data is None or args.out is None):
         parser.error("--data and --out are required")
-    print(runtime.describe_settings(parser, args, argv))
+    if args.overfit:
+        args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
+        args.out = f"{args.out}/overfit"
+    runtime.print_settings(parser, args, argv)
     return args
 
 
@@ -118,6 +122,12 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     rows, problems = [], []
     for item in read:
         (problems if isinstance(item, Problem) else rows).append(item)
+    if args.only_ids:
+        ids = runtime.read_ids(args.only_ids)
+        unknown = sorted(ids - {row.id for row in rows if row.split == "train"})
+        if unknown:
+            raise SystemExit(f"--only-ids {args.only_ids}: {len(unknown)} are no training rows, such as {unknown[0]!r}")
+        rows = [row for row in rows if row.split != "train" or row.id in ids]
     if args.limit:
         rows = [r for s in ("train", "val", "test") for r in [r for r in rows if r.split == s][: args.limit]]
     seen = {}
@@ -404,7 +414,7 @@ def check_data(data: Path, args, text: Text, fatal: list[Problem], pad_line: str
             "questions": len(splits[split]),
             "images": len({row.image for row in splits[split]}),
             "tokens": sum(len(tree) for tree in trees[split]),
-            "learned_tokens": sum(count_learned(tree) for tree in trees[split]),
+            "learned_tokens": sum(tree.learned() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
         }
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
@@ -413,10 +423,6 @@ def check_data(data: Path, args, text: Text, fatal: list[Problem], pad_line: str
     if not (args.eval_only or args.check or splits["train"]):
         raise SystemExit(f"--data {data}: no training rows")
     return splits, trees
-
-
-def count_learned(tree: Prompt) -> int:
-    return sum(label != IGNORE for _, labels in tree.branches for label in labels)
 
 
 def print_first_row(row: Row, text: Text) -> None:
@@ -463,6 +469,17 @@ class LlavaMed(nn.Module):
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @property
+    def decoder(self) -> nn.Module:
+        return self.llava.model.language_model
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """A pass without a question, for a rank that has none left while others have (runtime.equal_passes)."""
+        with self.autocast():
+            device, width = self.llava.lm_head.weight.device, self.llava.config.text_config.hidden_size
+            self.decoder(inputs_embeds=torch.zeros(1, 1, width, device=device, dtype=self.dtype), use_cache=False)
+
+    @property
     def tower_trains(self) -> bool:
         return next(self.llava.model.vision_tower.parameters()).requires_grad
 
@@ -475,7 +492,7 @@ class LlavaMed(nn.Module):
                 common.check_placeholders(input_ids, self.image_id, features.shape[0] * features.shape[1])
                 places = (input_ids == self.image_id).unsqueeze(-1)
                 embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
-            return self.llava.model.language_model(
+            return self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -512,25 +529,25 @@ def prepare(llava: LlavaForConditionalGeneration, args) -> None:
         llava.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def load_model(folder: Path, args, text: Text, device, dtype) -> LlavaMed:
+def load_model(folder: Path, args, text: Text, dtype) -> LlavaMed:
+    """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
     llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     window = getattr(llava.config.text_config, "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
     common.separate_pad_from_eos(text.tokenizer, llava)
-    prepare(llava.to(device), args)
+    prepare(llava, args)
     if args.compile:
         llava.model.language_model.compile(dynamic=True)
     return LlavaMed(llava, dtype)
 
 
-def verify_first_batch(model: LlavaMed, rows: list[dict], run) -> None:
+@torch.no_grad()
+def verify_first_batch(model: LlavaMed, trees: list[Prompt], run) -> None:
     """Before step 0: the placeholders of the real first batch against the features of the real model."""
-    with torch.no_grad():
-        for row in rows:
-            row = to_device(row, run.device)
-            features = model.image_features(row["pixel_values"])  # (images, features, width)
-            common.check_placeholders(row["input_ids"], model.image_id, features.shape[0] * features.shape[1])
+    for row in packed_rows(trees, run):
+        features = model.image_features(row["pixel_values"])  # (images, features, width)
+        common.check_placeholders(row["input_ids"], model.image_id, features.shape[0] * features.shape[1])
     print(f"image tokens: {features.shape[1]} per image, ID {model.image_id} — verified")
 
 
@@ -553,8 +570,10 @@ def count_parameters(folder: Path, args) -> None:
     print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
 
 
-def write_model(llava, text: Text, source: Path, target: Path, dtype) -> None:
+def write_model(source: Path, checkpoint: Path, target: Path, args, text: Text, dtype) -> None:
     """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
+    llava = load_model(source, args, text, dtype).llava
+    common.load_trained(llava, checkpoint)
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
@@ -575,28 +594,34 @@ class Run:
     args: object
     folder: Path
     device: torch.device
+    stop: runtime.StopSignal
     text: object  # the script's own: tokenizer and what belongs to it
     read_media: object  # prompt trees of a row -> {"pixel_values": …}
 
 
 class Steps(Dataset):
-    """An item is an optimizer step: its packed rows, each with its media."""
+    """An item is this rank's part of an optimizer step: its packed rows, each with its media.
 
-    def __init__(self, plan: list[list[Prompt]], pack_tokens: int, read_media):
+    Where a file can no longer be read, the item is the ValueError that says so: the loop saves before it stops.
+    """
+
+    def __init__(self, plan: list[list[Prompt]], pack_tokens: int, read_media, rank: int = 0, ranks: int = 1):
         self.plan, self.pack_tokens, self.read_media = plan, pack_tokens, read_media
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> list[dict]:
-        rows = common.pack(self.plan[index], self.pack_tokens)
-        return [{**row, **self.read_media(row["prompts"])} for row in rows]
+    def __getitem__(self, index: int) -> list[dict] | ValueError:
+        rows = common.pack(self.plan[index], self.pack_tokens, self.ranks)[self.rank :: self.ranks]
+        try:
+            return [{**row, **self.read_media(row["prompts"])} for row in rows]
+        except ValueError as error:
+            return error
 
 
 def start_loader(steps: Steps, workers: int) -> DataLoader:
-    # a generator of its own: starting the loader must not draw from the one that dropout uses
-    generator = torch.Generator()
-    return DataLoader(steps, None, num_workers=workers, generator=generator, worker_init_fn=runtime.leave_group)
+    return DataLoader(steps, None, num_workers=workers, worker_init_fn=runtime.ignore_signals)
 
 
 def make_plan(prompts: list[Prompt], args) -> list[list[Prompt]]:
@@ -623,64 +648,80 @@ def to_device(row: dict, device: torch.device) -> dict:
 
 def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float:
     """Steps start+1 … len(plan); returns the last step's loss. validate() gives a loss, save(step) a checkpoint."""
-    args, device = run.args, run.device
+    args, device, rank = run.args, run.device, runtime.rank()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steps = Steps(plan[start:], args.pack_tokens, run.read_media)
-    loader = start_loader(steps, args.workers)
-    metrics = runtime.Metrics(run.folder / "metrics.jsonl", start, len(plan))
-    stop = runtime.StopSignal()
-    loss = math.nan
+    steps = Steps(plan[start:], args.pack_tokens, run.read_media, rank, runtime.ranks())
+    metrics = runtime.Metrics(run.folder, start, len(plan))
     if validate and metrics.validated < start and (start == len(plan) or start % args.eval_every == 0):
         metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
     model.train()
-    begun = time.monotonic()
-    for step, rows in enumerate(loader, start=start + 1):
-        # ---- one optimizer step ----
-        learned = sum(int((row["labels"] != IGNORE).sum()) for row in rows)
+    run.stop.waits = True  # from here on a signal lets the step finish
+    loss, bad, begun = math.nan, 0, time.monotonic()
+    for step, rows in enumerate(start_loader(steps, args.workers), start=start + 1):
+        # ---- one optimizer step: trees are those of all ranks, rows are this rank's ----
+        if runtime.any_rank(isinstance(rows, ValueError)):
+            faults = [fault for fault in runtime.gather(str(rows) if isinstance(rows, ValueError) else "") if fault]
+            save(step - 1)
+            raise SystemExit(f"step {step}: {'; '.join(faults)}. Step {step - 1} is saved: mend the file, start again")
+        trees = plan[step - 1]
+        learned = sum(tree.learned() for tree in trees)
+        # dropout draws from (seed, step, rank): a step that is taken again after a stop draws the same
+        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
         loss_sum = torch.zeros((), device=device)
         for row in rows:
             row_loss, _ = model(to_device(row, device))
             (row_loss / learned).backward()  # the mean over the whole step's tokens, not a mean of means
             loss_sum += row_loss.detach()
-        grad_norm = float(nn.utils.clip_grad_norm_(parameters, args.clip))
-        loss = float(loss_sum) / learned
-        ids = [name for row in rows for prompt in row["prompts"] for name in prompt.ids]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise SystemExit(f"step {step}: loss {loss}, gradient norm {grad_norm}; nothing was changed by rows {ids}")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), args)
-        optimizer.step()
+        runtime.sum_gradients(parameters)
+        loss = float(runtime.sum_over_ranks(loss_sum)) / learned
+        grad_norm = runtime.clip_gradients(parameters, args.clip)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:  # or the step changes nothing, neither parameters nor the optimizer's moments
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(plan), args)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ---- what it was like ----
-        tokens = sum(row["input_ids"].numel() for row in rows)
+        ids = [name for tree in trees for name in tree.ids]
+        tokens = sum(len(tree) for tree in trees)
         seconds, begun = time.monotonic() - begun, time.monotonic()
-        metrics.write(
-            step=step,
-            epoch=round(step / len(plan) * args.epochs, 3),
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=optimizer.param_groups[0]["lr"],
-            images=sum(len(row["prompts"]) for row in rows),
-            questions=len(ids),
-            tokens=tokens,
-            tokens_per_s=tokens / seconds,
-            questions_per_s=len(ids) / seconds,
-            peak_memory_mb=runtime.peak_memory_mb(device),
-            ids=ids,
-        )
+        if finite:
+            metrics.write(
+                step=step,
+                epoch=round(step / len(plan) * args.epochs, 3),
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=optimizer.param_groups[0]["lr"],
+                images=len(trees),
+                questions=len(ids),
+                tokens=tokens,
+                tokens_per_s=tokens / seconds,
+                questions_per_s=len(ids) / seconds,
+                peak_memory_mb=runtime.peak_memory_mb(device),
+                ids=ids,
+            )
+        else:
+            metrics.write_bad(step, loss, grad_norm, ids)
+        bad = 0 if finite else bad + 1
+        if bad == 3:
+            metrics.say(f"three such steps in a row: stopped; replay them with --only-ids {metrics.bad_steps}")
+            raise SystemExit(runtime.EXIT_NOT_FINITE)
         # ---- save first, then evaluate: a crash there must not cost the steps ----
+        stopped = runtime.any_rank(run.stop.received is not None)
         last = step == len(plan)
-        if last or stop.received or step % args.save_every == 0:
+        due = validate and (last or step % args.eval_every == 0)
+        if last or due or stopped or step % args.save_every == 0:
             save(step)
-        if stop.received:
-            metrics.say(f"stopped by {stop.received} after step {step}; the same command goes on from there")
+        if stopped:
+            metrics.say(f"stopped by {run.stop.received} after step {step}; the same command goes on from there")
             raise SystemExit(runtime.EXIT_STOPPED)
-        if validate and (last or step % args.eval_every == 0):
-            metrics.write(step=step, val_loss=validate())
+        if due:
+            with run.stop.at_once():
+                metrics.write(step=step, val_loss=validate())
             model.train()
             begun = time.monotonic()
+    run.stop.waits = False
     metrics.close()
-    stop.close()
     return loss
 
 
@@ -702,10 +743,11 @@ def media_reader(data: Path, processor):
 @torch.no_grad()
 def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
     model.eval()
-    total, tokens = 0.0, 0
-    for row in packed_rows(prompts, run):
-        loss, count = model(row)
-        total, tokens = total + float(loss), tokens + int(count)
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, learned tokens
+    with runtime.equal_passes(model.decoder, model.idle):
+        for row in packed_rows(prompts[runtime.rank() :: runtime.ranks()], run):
+            sums += torch.stack(model(row)).cpu()
+    total, tokens = runtime.sum_over_ranks(sums).tolist()
     return total / tokens
 
 
@@ -713,17 +755,14 @@ def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
     few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
     for rows in start_loader(few, run.args.workers):
+        if isinstance(rows, ValueError):
+            raise SystemExit(f"{rows}. Mend the file and start again")
         yield from (to_device(row, run.device) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Answering and scoring
 # ------------------------------------------------------------------------------------------------------------
-
-
-def candidate_tokens(row: Row, answers: list[str], text: Text) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of the row's branch for each answer that is allowed."""
-    return [encode_row(Row(**{**vars(row), "answer": answer}), text)[1:] for answer in answers]
 
 
 @torch.no_grad()
@@ -734,7 +773,8 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
     found = score_candidates(model, prompts, rows, run) if mode == "score" else {}
     left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in prompts]
     left = [common.answering_prompt(tree) for tree in left if tree.ids]
-    shown = tqdm(total=len(rows) - len(found), desc="answering", unit="question", disable=not sys.stderr.isatty())
+    count = sum(len(tree.ids) for tree in left)
+    shown = tqdm(total=count, desc="answering", unit="question", disable=not sys.stderr.isatty())
     for packed in packed_rows(left, run):
         ids = [name for tree in packed["prompts"] for name in tree.ids]
         tries = [allowed_answers(rows[name], run.text) if mode == "trie" else None for name in ids]
@@ -789,8 +829,11 @@ def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Ru
 
 def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row], run: Run) -> dict:
     """Answer, score, write predictions.jsonl and results.json, print the table."""
-    begun = time.monotonic()
-    found = answer(model, prompts, {row.id: row for row in rows}, run)
+    begun, found = time.monotonic(), {}
+    with runtime.equal_passes(model.decoder, model.idle):
+        mine = answer(model, prompts[runtime.rank() :: runtime.ranks()], {row.id: row for row in rows}, run)
+    for part in runtime.gather(mine):
+        found.update(part)
     seconds = time.monotonic() - begun
     records = []
     for row in rows:  # every row, answered or not
@@ -822,72 +865,81 @@ def main(argv=None) -> None:
     if args.count_params:
         count_parameters(runtime.model_folder(args.model, weights=False), args)
         return
-    checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume) if args.eval_only or args.merge else None
-    if args.eval_only or args.merge:
-        if checkpoint is None:
-            raise SystemExit("--eval-only and --merge need a checkpoint: give its run with --out, or --resume FOLDER")
-        runtime.adopt_settings(checkpoint, args)
+    with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
+        checkpoint = None
+        if args.eval_only or args.merge:
+            checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
+            if checkpoint is None:
+                raise SystemExit(
+                    "no checkpoint to answer with or to merge: give its run with --out, or --resume FOLDER"
+                )
+            runtime.adopt_settings(checkpoint, args)
 
-    # ---- the data is proved before any weights are read ----
-    folder = runtime.model_folder(args.model, weights=not args.check)
-    text, processor, faults, pad_line = load_text(folder, args)
-    if args.merge:
-        if faults:
-            raise SystemExit("\n".join(map(str, faults)))
-        device, dtype = runtime.pick_device(args.device, args.dtype)
-        model = load_model(folder, args, text, device, dtype)
-        common.load_trained(model.llava, checkpoint)
-        write_model(model.llava, text, folder, Path(args.merge), dtype)
-        print(f"wrote {args.merge}")
-        return
-    data = Path(args.data)
-    splits, trees = check_data(data, args, text, faults, pad_line)
-    if args.check:
-        print_first_row(next(rows[0] for rows in splits.values() if rows), text)
-        print("check passed")
-        return
+        # ---- the data is proved before any weights are read ----
+        folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
+        text, processor, faults, pad_line = load_text(folder, args)
+        if args.merge:
+            if faults:
+                raise SystemExit("\n".join(map(str, faults)))
+            write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
+            print(f"wrote {args.merge}")
+            return
+        splits, trees = check_data(Path(args.data), args, text, faults, pad_line)
+        if args.check:
+            print_first_row(next(rows[0] for rows in splits.values() if rows), text)
+            print("check passed")
+            return
+        run = Run(args, Path(args.out), device, stop, text, media_reader(Path(args.data), processor))
+        if args.eval_only:
+            if not splits[args.eval_split]:
+                raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
+            model = load_model(folder, args, text, dtype)
+            common.load_trained(model.llava, checkpoint)
+            runtime.place(model, model.decoder, device, dtype, args.parallel)
+            evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
+        else:
+            train_and_answer(folder, splits, trees, dtype, argv, run)
+
+
+def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:
+    args, text = run.args, run.text
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
         trees = {s: build_prompts(rows, text, args)[0] for s, rows in splits.items()}
-        args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
-        args.out = f"{args.out}/overfit"
-        shutil.rmtree(args.out, ignore_errors=True)
+        runtime.on_first_rank(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
 
     # ---- the plan, and the place to go on from ----
-    torch.manual_seed(args.seed)
-    device, dtype = runtime.pick_device(args.device, args.dtype)
-    run = Run(args, Path(args.out), device, text, media_reader(data, processor))
-    plan, start = [], 0
-    if args.eval_only and not splits[args.eval_split]:
-        raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
-    if not args.eval_only:
-        plan = make_plan(trees["train"], args)
-        same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
-        same |= {"steps": len(plan), "rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
-        checkpoint = runtime.find_checkpoint(run.folder, args.resume)
-        start = runtime.first_step(checkpoint, same)
+    plan = make_plan(trees["train"], args)
+    same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
+    same |= {"steps": len(plan), "model": runtime.model_fingerprint(folder)}
+    same |= {"rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
+    if args.only_ids:  # a replay has a folder of its own, and takes from a checkpoint only the weights
+        runtime.find_checkpoint(run.folder, "none")
+    checkpoint = runtime.find_checkpoint(run.folder, args.resume)
+    start = 0 if args.only_ids else runtime.first_step(checkpoint, same, args.resume_anyway)
 
     # ---- model and optimizer ----
-    model = load_model(folder, args, text, device, dtype)
-    trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
-    share = sum(p.numel() for p in trained.values()) / sum(p.numel() for p in model.parameters())
-    print(f"{device.type}, {dtype}; {sum(p.numel() for p in trained.values()):,} parameters trained ({share:.2%})")
+    torch.manual_seed(args.seed)
+    model = load_model(folder, args, text, dtype)
     if checkpoint:
         common.load_trained(model.llava, checkpoint)
-    if args.eval_only:
-        evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
-        return
-
+    runtime.place(model, model.decoder, run.device, dtype, args.parallel)
+    trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
+    number, everything = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    print(f"{run.device.type}, {dtype}; {number:,} parameters trained ({number / everything:.2%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
-    if checkpoint:
+    if start:
         runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
     else:
         runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 
     def save(step):
+        weights = runtime.whole(trained)
+        moments = runtime.whole(runtime.optimizer_tensors(optimizer, trained))
+
         def write(target):
-            common.save_trained(model.llava, target)
-            runtime.save_optimizer(target / "optimizer.safetensors", optimizer, trained)
+            common.save_trained(model.llava, target, weights)
+            save_file(moments, target / "optimizer.safetensors")
 
         runtime.save_checkpoint(run.folder, step, write, {"step": step, "same": same}, args.keep)
 
@@ -896,13 +948,14 @@ def main(argv=None) -> None:
 
     # ---- train ----
     print(f"{len(plan)} steps of at most {args.questions_per_step} questions, from step {start}")
-    verify_first_batch(model, Steps(plan, args.pack_tokens, run.read_media)[0], run)
+    verify_first_batch(model, plan[0], run)
     if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
         print(f"loss before training: {mean_loss(model, trees['val'][:2], run):.4f}")
     loss = train(model, optimizer, plan, start, validate if trees["val"] else None, save, run)
     if args.tune == "full":
-        write_model(model.llava, text, folder, run.folder / "model", dtype)
-    else:
+        newest = runtime.checkpoint_folder(run.folder, len(plan))
+        runtime.on_first_rank(lambda: write_model(folder, newest, run.folder / "model", args, text, dtype))
+    elif runtime.rank() == 0:
         common.save_adapter(model.llava, run.folder / "adapter")
 
     # ---- answer ----

@@ -145,7 +145,7 @@ def ours(plan: list[list[Prompt]], args, out: Path, turns: Turns) -> None:
         return {"pixel_values": torch.stack([pixels(prompt.media) for prompt in prompts])}
 
     optimizer = make_optimizer(model, args)
-    run = train_llava_med.Run(args=args, folder=out, device=torch.device("cpu"), text=None, read_media=read_media)
+    run = train_llava_med.Run(args, out, torch.device("cpu"), runtime.StopSignal(), None, read_media)
     train_llava_med.train(model, optimizer, plan, 0, validate=None, save=turns.step_done, run=run)
     turns.finished([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
 

@@ -150,7 +150,7 @@ def test_the_training_loop_is_the_same_text_in_every_script():
 
 
 def test_saving_comes_before_evaluating_in_the_loop():
-    loop = fenced(SCRIPTS[0]).partition("for step, rows in enumerate(loader")[2]
+    loop = fenced(SCRIPTS[0]).partition("for step, rows in enumerate(")[2]
     assert loop.index("optimizer.step()") < loop.index("save(step)") < loop.index("val_loss=validate()")
 
 

@@ -15,7 +15,7 @@ from train_llava_med import ENDOVIS, read_data
 
 def read(data, **settings):
     """Rows and faults of a folder, the faults as text."""
-    defaults = {"endovis_split": None, "endovis_answers": "Classification", "limit": None}
+    defaults = {"endovis_split": None, "endovis_answers": "Classification", "limit": None, "only_ids": None}
     rows, problems = read_data(data, SimpleNamespace(**{**defaults, **settings}))
     return rows, [str(problem) for problem in problems]
 

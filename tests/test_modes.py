@@ -130,7 +130,7 @@ def test_eval_only_answers_the_same_whatever_adapter_flags_are_given(demo_folder
 
 
 def test_eval_only_without_a_checkpoint_is_refused(demo_folder, tmp_path):
-    assert "need a checkpoint" in refused(demo_folder, tmp_path, *SMALL, "--eval-only")
+    assert "no checkpoint to answer with" in refused(demo_folder, tmp_path, *SMALL, "--eval-only")
 
 
 def test_eval_only_without_rows_is_refused(demo_folder, trained, tmp_path):
@@ -178,7 +178,7 @@ def test_a_merged_model_opens_plainly_and_generates_the_same_answers(demo_folder
 
 def test_merge_without_a_checkpoint_is_refused(demo_folder, tmp_path):
     assert refused(demo_folder, tmp_path, "--merge", tmp_path / "merged").startswith(
-        "--eval-only and --merge need a checkpoint"
+        "no checkpoint to answer with or to merge"
     )
 
 

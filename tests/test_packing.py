@@ -1,7 +1,7 @@
 """Packing is exact: prompt trees in packed rows give the loss and gradients of separate rows in transformers' own
 forward, and each way of getting the mask, the positions or the mean wrong is caught by the same comparison."""
 
-import signal
+import random
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2VLConfig, Qwen2VLFo
 import common
 import train_llava_med as script
 from common import IGNORE, Prompt, pack, plan_steps, supervised_loss, visible
+from runtime import StopSignal
 
 
 def tree(prefix: int, *branches: int, name="t") -> Prompt:
@@ -59,9 +60,36 @@ def test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_r
     assert [row["position_ids"][2, 0].tolist() for row in divided] == [[0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 3, 4]]
 
 
-def test_trees_are_placed_first_fit_longest_first():
-    rows = pack([tree(1, length - 1) for length in (3, 4, 5, 6, 7)], max_tokens=11)
-    assert [[len(prompt) for prompt in row["prompts"]] for row in rows] == [[7, 4], [6, 5], [3]]
+def lengths(rows) -> list[list[int]]:
+    return [[len(prompt) for prompt in row["prompts"]] for row in rows]
+
+
+def test_trees_are_spread_over_as_few_rows_as_it_takes():
+    trees = [tree(1, length - 1) for length in (3, 4, 5, 6, 7)]
+    assert lengths(pack(trees, max_tokens=25)) == [[7, 6, 5, 4, 3]]
+    assert lengths(pack(trees, max_tokens=24)) == [[7, 4, 3], [6, 5]]
+    assert lengths(pack(trees, max_tokens=11)) == [[7], [6, 3], [5, 4]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_rank_gets_as_many_rows_as_the_others_and_each_question_once(ranks, seed):
+    draw = random.Random(f"{seed} {ranks}")
+    trees = [tree(draw.randrange(1, 9), *draw.choices(range(2, 9), k=draw.randrange(1, 5))) for _ in range(20)]
+    rows = pack(trees, 64, ranks)
+    assert len(rows) % ranks == 0
+    assert max(row["input_ids"].numel() for row in rows) <= 64
+    learned = [sum(int((row["labels"] != -100).sum()) for row in rows[r::ranks]) for r in range(ranks)]
+    assert sum(learned) == sum(t.learned() for t in trees)
+    load = [sum(row["input_ids"].numel() for row in rows[r::ranks]) for r in range(ranks)]
+    # the emptiest row is never fuller than another without its last tree
+    assert max(load) - min(load) <= max(map(len, trees)) * len(rows) / ranks
+
+
+def test_a_rank_without_a_tree_of_its_own_learns_nothing():
+    (full, empty) = pack([tree(2, 3, 2)], 64, ranks=2)
+    assert empty["input_ids"].tolist() == full["input_ids"].tolist()
+    assert empty["labels"].unique().tolist() == [-100]
 
 
 def test_a_tree_longer_than_a_row_is_divided_and_its_prefix_repeated():
@@ -384,16 +412,7 @@ class Recorder(torch.optim.SGD):
         self.gradients = {str(i): p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"])}
 
 
-@pytest.fixture
-def signals_restored():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_path, signals_restored):
+def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_path):
     model = load(data, "lora")
     trees = [prompt.part(range(n)) for n, prompt in enumerate(data.trees[:7], start=1)]
     trees.append(data.trees[7].part(range(1)))
@@ -406,7 +425,7 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
         args = SimpleNamespace(**{**vars(data.args), "pack_tokens": max_tokens, "clip": 1e9})
         folder = tmp_path / str(rows)
         folder.mkdir()
-        run = script.Run(args, folder, torch.device("cpu"), None, data.read_media)
+        run = script.Run(args, folder, torch.device("cpu"), StopSignal(), None, data.read_media)
         loss = script.train(model, optimizer, [trees], 0, None, lambda step: None, run)
         return {"loss": torch.tensor(loss), **optimizer.gradients}
 

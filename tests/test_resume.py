@@ -62,7 +62,7 @@ def assert_same_run(out: Path, whole: Path, steps: int = STEPS) -> None:
         mine, theirs = read_tensors(out / folder), read_tensors(whole / folder)
         assert mine.keys() == theirs.keys() and mine
         assert [k for k in mine if not torch.equal(mine[k], theirs[k])] == []
-    assert ("optimizer.safetensors", "rng cpu") in read_tensors(out / last)
+    assert any(name.endswith(" exp_avg_sq") for _, name in read_tensors(out / last))
     assert metrics_of(out) == metrics_of(whole)
     assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
 
@@ -112,7 +112,7 @@ def test_a_signal_stops_after_the_step_with_exit_code_85(demo_folder, whole, tmp
         run(demo_folder, out, *flags)
     assert caught.value.code == 85
     assert f"stopped by SIGTERM after step {step}; the same command goes on from there" in capsys.readouterr().out
-    assert [p.name for p in out.glob("checkpoints/*")] == [f"step-{step:08d}"]
+    assert max(p.name for p in out.glob("checkpoints/*")) == f"step-{step:08d}"
     run(demo_folder, out, *flags)
     assert_same_run(out, whole)
 
@@ -156,13 +156,13 @@ def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tm
 
 
 def test_a_metrics_line_with_a_line_separator_in_an_id_is_kept(tmp_path):
-    path, line = tmp_path / "metrics.jsonl", {"step": 1, "val_loss": 0.5, "ids": ["a\u2028b\u0085c"]}
+    line = {"step": 1, "val_loss": 0.5, "ids": ["a\u2028b\u0085c"]}
     for start in (0, 1, 1):  # rewritten on every start
-        metrics = runtime.Metrics(path, start, 2)
+        metrics = runtime.Metrics(tmp_path, start, 2)
         if start == 0:
             metrics.write(**line)
         metrics.close()
-    assert read_lines(path) == [line]
+    assert read_lines(tmp_path / "metrics.jsonl") == [line]
 
 
 def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, tmp_path, capsys):
@@ -314,12 +314,12 @@ def test_a_checkpoint_left_half_written_does_no_harm(demo_folder, whole, tmp_pat
 def test_a_kill_while_saving_leaves_the_earlier_checkpoints_whole(demo_folder, whole, tmp_path, monkeypatch):
     out = stopped_copy(whole, tmp_path / "run", 6)
 
-    def killed(path, optimizer, parameters):
+    def killed(tensors, path):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_llava_med.runtime, "save_optimizer", killed)
+        patch.setattr(train_llava_med, "save_file", killed)
         run(demo_folder, out, *LORA)
     assert (out / "checkpoints" / "step-00000007.writing").exists()
     assert not (out / "checkpoints" / "step-00000007").exists()
