@@ -267,6 +267,7 @@ def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: st
         for layer in decoder.layers:  # each goes to the device, and is sharded, before the next
             fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=stay)
             layer.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients: train() has divided already
+            layer.set_force_sum_reduction_for_comms(True)  # by a plain sum, which gloo has too
         fully_shard(decoder, mesh=mesh, mp_policy=policy, ignored_params=stay)  # lets a layer be fetched ahead
     model.to(device)
     if dist.is_initialized():
@@ -285,11 +286,15 @@ def equal_passes(decoder, idle):
     if not isinstance(decoder, FSDPModule):
         yield
         return
-    announce = decoder.register_forward_pre_hook(lambda *_: any_rank(True))
+
+    def announce(module, inputs):  # returns nothing: what a hook returns replaces the inputs
+        any_rank(True)
+
+    hook = decoder.register_forward_pre_hook(announce)
     try:
         yield
     finally:
-        announce.remove()
+        hook.remove()
     while any_rank(False):
         idle()
 
