@@ -221,8 +221,16 @@ def any_rank(flag: bool) -> bool:
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        _together(dist.all_reduce, tensor)
     return tensor
+
+
+def _together(collective, *tensors) -> None:
+    try:
+        collective(*tensors)
+    except RuntimeError as error:
+        text = f"rank {rank()} of {ranks()} ends: another has died or left, its own message says why ({error})"
+        raise SystemExit(text) from None
 
 
 def gather(value) -> list:
@@ -231,9 +239,9 @@ def gather(value) -> list:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
+    _together(dist.all_gather, sizes, torch.tensor([len(data)]))
     parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, torch.nn.functional.pad(data, (0, len(parts[0]) - len(data))))
+    _together(dist.all_gather, parts, torch.nn.functional.pad(data, (0, len(parts[0]) - len(data))))
     return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
 

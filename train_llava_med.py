@@ -713,7 +713,8 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         if last or due or stopped or step % args.save_every == 0:
             save(step)
         if stopped:
-            metrics.say(f"stopped by {run.stop.received} after step {step}; the same command goes on from there")
+            signalled = run.stop.received or "a signal to another rank"
+            metrics.say(f"stopped by {signalled} after step {step}; the same command goes on from there")
             raise SystemExit(runtime.EXIT_STOPPED)
         if due:
             with run.stop.at_once():

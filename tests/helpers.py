@@ -36,3 +36,21 @@ def read_lines(path: Path) -> list[dict]:
 def read_tensors(folder: Path) -> dict:
     """Every tensor of a folder, by file and name."""
     return {(p.name, k): t for p in sorted(folder.glob("*.safetensors")) for k, t in load_file(p).items()}
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what is measured by the clock."""
+    measured = {"tokens_per_s", "questions_per_s", "peak_memory_mb"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
+
+
+def stop_in(monkeypatch, step: int) -> None:
+    """A SIGTERM in the middle of `step`, received by the script's own handler."""
+    rate = train_llava_med.learning_rate
+
+    def signalled(at, *rest):
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(at, *rest)
+
+    monkeypatch.setattr(train_llava_med, "learning_rate", signalled)

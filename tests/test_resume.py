@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_lines, read_tensors, refused, run
+from helpers import metrics_of, read_lines, read_tensors, refused, run, stop_in
 
 import runtime
 import train_llava_med
@@ -50,12 +50,6 @@ def stopped_copy(whole: Path, out: Path, step: int, cut: bool = False) -> Path:
     return out
 
 
-def metrics_of(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what is measured by the clock."""
-    measured = {"tokens_per_s", "questions_per_s", "peak_memory_mb"}
-    return [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
-
-
 def assert_same_run(out: Path, whole: Path, steps: int = STEPS) -> None:
     last = f"checkpoints/step-{steps:08d}"
     for folder in (last, "adapter" if (whole / "adapter").exists() else "model"):
@@ -65,18 +59,6 @@ def assert_same_run(out: Path, whole: Path, steps: int = STEPS) -> None:
     assert any(name.endswith(" exp_avg_sq") for _, name in read_tensors(out / last))
     assert metrics_of(out) == metrics_of(whole)
     assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
-
-
-def stop_in(monkeypatch, step: int) -> None:
-    """A SIGTERM in the middle of `step`, received by the script's own handler."""
-    rate = train_llava_med.learning_rate
-
-    def signalled(at, *rest):
-        if at == step:
-            signal.raise_signal(signal.SIGTERM)
-        return rate(at, *rest)
-
-    monkeypatch.setattr(train_llava_med, "learning_rate", signalled)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""Two ranks train as one does, answer each question once, stop together, and do not wait for the dead."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import metrics_of, read_lines, read_tensors, run, stop_in
+
+import runtime
+import train_llava_med
+
+ROOT = Path(train_llava_med.__file__).parent
+FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
+FLAGS += ["--pack-tokens", 256, "--save-every", 2, "--keep", 100, "--eval-every", 3, "--max-answer-tokens", 4]
+
+
+def start(argv, ranks: int = 2, before: str = "") -> list[subprocess.Popen]:
+    """One process a rank, as srun starts them; `before` is Python that runs first, with `rank` at hand."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"import os, sys; rank = int(os.environ['RANK'])\n{before}\nimport train_llava_med\ntrain_llava_med.main()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, argv)],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def ended(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], list[str]]:
+    """Exit codes and what was printed."""
+    try:
+        texts = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], texts
+
+
+def arguments(folder: Path, out: Path, *flags) -> list:
+    return ["--model", folder / "model", "--data", folder / "data", "--out", out, *FLAGS, *flags]
+
+
+def assert_close(out: Path, one: Path) -> None:
+    """The same loss curve to 1e-5, the same rows in every step, the same answers."""
+    mine, theirs = metrics_of(out), metrics_of(one)
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.get("ids") == b.get("ids")
+        for name in {"loss", "val_loss", "grad_norm"} & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+    assert (out / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def one(request, demo_folder, tmp_path_factory):
+    """A run of one rank, with adapters or with every parameter trained."""
+    out = tmp_path_factory.mktemp("ranks") / request.param
+    run(demo_folder, out, *FLAGS, "--tune", request.param)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same training
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel):
+    out = tmp_path / "two"
+    codes, texts = ended(start(arguments(demo_folder, out, "--tune", one.name, "--parallel", parallel)))
+    assert codes == [0, 0], texts
+    assert_close(out, one)
+    assert "Traceback" not in texts[0] and "mean of types" in texts[0]
+    assert texts[1].strip() == ""  # the first rank reports
+    folder = "adapter" if one.name == "lora" else "model"
+    mine, theirs = read_tensors(out / folder), read_tensors(one / folder)
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[k] - theirs[k]).abs().max()) for k in mine) < 1e-4  # Adam enlarges what rounding leaves
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in one.iterdir()}  # nothing of a second rank, no lock
+    ids = [line["id"] for line in read_lines(out / "predictions.jsonl")]
+    assert len(ids) == len(set(ids)) == json.loads((out / "results.json").read_text())["all"]["n"]
+
+
+def test_two_ranks_of_torchrun_train_as_one(demo_folder, one, tmp_path):
+    if one.name == "full":
+        pytest.skip("adapters are enough here")
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", 2]
+    command += [ROOT / "train_llava_med.py", *arguments(demo_folder, tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(w) for w in command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "two", one)
+
+
+def test_two_ranks_then_one_then_two_sharded_are_the_same_run(demo_folder, one, tmp_path, monkeypatch):
+    """A checkpoint knows nothing of ranks, neither DDP's nor FSDP's."""
+    if one.name == "lora":
+        pytest.skip("with adapters nothing that is saved is sharded")
+    out, flags = tmp_path / "run", ["--tune", "full", "--save-every", 1]
+    codes, texts = ended(start(arguments(demo_folder, out, *flags, "--parallel", "fsdp"), before=SIGNALLED.format(2)))
+    assert codes == [85, 85], texts
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
+        stop_in(patch, 4)
+        run(demo_folder, out, *FLAGS, *flags)
+    codes, texts = ended(start(arguments(demo_folder, out, *flags, "--parallel", "fsdp")))
+    assert codes == [0, 0], texts
+    assert f"resuming from {out}/checkpoints/step-00000004" in texts[0]
+    assert_close(out, one)
+
+
+def test_fewer_images_than_ranks_train_and_answer_too(demo_folder, tmp_path):
+    """Rank 1 of FSDP must join every pass of rank 0, although it has no row of its own."""
+    flags = ["--limit", 5, "--parallel", "fsdp", "--max-steps", 1, "--max-answer-tokens", 9]
+    codes, texts = ended(start(arguments(demo_folder, tmp_path / "two", *flags)))
+    assert codes == [0, 0], texts
+    run(demo_folder, tmp_path / "one", *FLAGS, *flags)
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same end
+# ------------------------------------------------------------------------------------------------------------
+
+# a signal in the middle of a step, to one rank of two
+SIGNALLED = """
+import signal, runtime
+count = runtime.clip_gradients
+def clip(*rest, steps=[]):
+    steps.append(1)
+    if len(steps) == {} and rank == 1:
+        signal.raise_signal(signal.SIGUSR1)
+    return count(*rest)
+runtime.clip_gradients = clip
+"""
+
+INFINITE = """
+import runtime, torch
+add = runtime.sum_gradients
+def infinite(parameters):
+    if rank == 1:
+        parameters[0].grad.view(-1)[0] = torch.inf
+    add(parameters)
+runtime.sum_gradients = infinite
+"""
+
+# one image cannot be read any more, and only one rank reads it
+BROKEN = """
+import runtime
+opened = runtime.open_image
+def broken(folder, name):
+    if name == {!r} and "train_llava_med" in str(sys._getframe(2).f_globals["__name__"]):
+        raise ValueError(name + " cannot be read: gone")
+    return opened(folder, name)
+runtime.open_image = broken
+"""
+
+
+def test_all_ranks_stop_after_the_same_step_when_one_is_signalled(demo_folder, tmp_path):
+    out = tmp_path / "run"
+    codes, texts = ended(start(arguments(demo_folder, out), before=SIGNALLED.format(3)))
+    assert codes == [85, 85], texts
+    assert [line["step"] for line in metrics_of(out) if "loss" in line] == [1, 2, 3]
+    assert runtime.checkpoint_fault(out / "checkpoints" / "step-00000003") is None
+    assert "stopped by a signal to another rank after step 3" in texts[0]
+    assert not (out / "lock").exists()
+
+
+def test_an_infinite_gradient_of_one_rank_changes_nothing_on_any(demo_folder, tmp_path):
+    codes, texts = ended(start(arguments(demo_folder, tmp_path / "run", "--save-every", 1), before=INFINITE))
+    assert codes == [86, 86], texts
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "bad_steps.jsonl")] == [1, 2, 3]
+    first, second = (read_tensors(tmp_path / "run" / "checkpoints" / f"step-0000000{i}") for i in (1, 2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_file_that_turns_bad_on_one_rank_stops_all_with_a_checkpoint(demo_folder, one, tmp_path):
+    if one.name == "full":
+        pytest.skip("adapters are enough here")
+    rows = {row["id"]: row["image"] for row in read_lines(demo_folder / "data" / "train.jsonl")}
+    early = {rows[name] for line in metrics_of(one) if line["step"] <= 2 for name in line.get("ids", [])}
+    image = next(
+        rows[i] for line in metrics_of(one) if line["step"] > 2 for i in line.get("ids", []) if rows[i] not in early
+    )
+    step = next(line["step"] for line in metrics_of(one) if image in {rows[i] for i in line.get("ids", [])})
+    codes, texts = ended(start(arguments(demo_folder, tmp_path / "run"), before=BROKEN.format(image)))
+    assert codes == [1, 1], texts
+    assert f"step {step}: {image} cannot be read: gone" in texts[0] + texts[1]
+    assert runtime.checkpoint_fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None
+
+
+def test_a_rank_that_dies_ends_the_others(demo_folder, tmp_path):
+    out = tmp_path / "run"
+    first, second = start(arguments(demo_folder, out, "--max-steps", 10_000, "--epochs", 1000))
+    end = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert time.monotonic() < end and first.poll() is None
+        time.sleep(0.05)
+    second.kill()
+    killed = time.monotonic()
+    (code, _), (text, _) = ended([first, second], timeout=60)
+    assert time.monotonic() - killed < 60
+    assert code == 1, text
+    assert "rank 0 of 2 ends: another has died or left" in text
+    assert not (out / "lock").exists()
+
+
+def test_a_fault_in_the_data_is_told_once(demo_folder, tmp_path):
+    shutil.copytree(demo_folder / "data", tmp_path / "data")
+    (tmp_path / "model").symlink_to(demo_folder / "model")
+    names = sorted((tmp_path / "data" / "images").iterdir())[:2]  # one for each rank to find
+    for name in names:
+        name.write_bytes(b"")
+    codes, texts = ended(start(arguments(tmp_path, tmp_path / "run")))
+    assert codes == [1, 1]
+    assert all(texts[0].count(f"images/{name.name} cannot be read") for name in names)
+    assert "faults, listed in" in texts[0] and texts[1].strip() == ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What ranks say to each other
+# ------------------------------------------------------------------------------------------------------------
+
+TALK = """
+import torch, runtime
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+runtime.start_ranks(torch.device("cpu"))
+out = sys.stderr
+assert (runtime.rank(), runtime.ranks()) == (rank, 2)
+assert runtime.gather({"rank": rank, "text": "é" * 1000 * rank}) == [
+    {"rank": 0, "text": ""},
+    {"rank": 1, "text": "é" * 1000},
+]
+assert runtime.gather(None) == [None, None]
+assert runtime.any_rank(rank == 1) and not runtime.any_rank(False)
+assert runtime.on_first_rank(lambda: [rank, "é"]) == [0, "é"]
+for code, expected in (("full", ["full", 1]), (85, [85, 85])):
+    def leave():
+        raise SystemExit(code)
+    try:
+        runtime.on_first_rank(leave)
+        assert False
+    except SystemExit as stop:
+        assert stop.code == expected[rank], stop.code
+
+# gradients of two rows, one a rank, against torch's own
+torch.manual_seed(0)
+model = nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(2, 2)])
+theirs = DistributedDataParallel(nn.Sequential(model[0], model[1]))
+x = torch.randn(2, 7)
+theirs(x[rank]).pow(2).sum().backward()
+expected = [2 * p.grad for p in (*model[0].parameters(), *model[1].parameters())]  # DDP's is a mean
+model.zero_grad()
+model[1](model[0](x[rank])).pow(2).sum().backward()
+if rank == 1:
+    model[1].bias.grad = None  # not used here
+    expected[3] = None
+parameters = list(model.parameters())
+for bucket in (1, 40, 10**6):
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    runtime.sum_gradients(parameters, bucket)
+    for p, e in zip(parameters[:3], expected[:3]):
+        assert torch.allclose(p.grad, e)
+    assert torch.equal(runtime.sum_over_ranks(parameters[3].grad.clone()), 2 * parameters[3].grad)  # equal on both
+    assert parameters[4].grad is None and parameters[5].grad is None  # used by neither
+    for p, g in zip(parameters, before):
+        p.grad = g
+print("talked", file=sys.stderr)
+runtime.end_ranks()
+sys.exit()
+"""
+
+
+def test_what_ranks_say_to_each_other_arrives():
+    codes, texts = ended(start([], before=TALK))
+    assert codes == [0, 0], texts
+    assert all("talked" in text for text in texts)
