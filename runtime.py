@@ -53,6 +53,13 @@ EXIT_NOT_FINITE = 86  # several steps in a row had a loss or gradient that is no
 # ------------------------------------------------------------------------------------------------------------
 
 
+def positive(text: str) -> int:
+    """A count of at least one, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
 def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the options of every script; `defaults` are the script's own values for them."""
     parser = argparse.ArgumentParser(
@@ -64,13 +71,13 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--model", required=True, help="model folder, or hub ID (downloaded first)")
     add("--data", help="data folder")
     add("--out", help="run folder")
-    add("--limit", type=int, help="use only the first LIMIT rows of each split")
+    add("--limit", type=positive, help="use only the first LIMIT rows of each split")
     add("--skip-bad", action=yes_no, default=False, help="leave rows with faults out, by name, in check.json")
     add("--only-ids", metavar="FILE", help="train on these rows alone: a line an ID, or a bad_steps.jsonl to replay")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--tune", choices=["lora", "full"], default="lora", help="adapters, or every parameter (default: lora)")
-    add("--lora-r", type=int, default=16, help="rank (default: 16)")
+    add("--lora-r", type=positive, default=16, help="rank (default: 16)")
     add("--lora-alpha", type=float, default=32, help="scaling is alpha / r (default: 32)")
     add("--lora-dropout", type=float, default=0.05, help="(default: 0.05)")
     add("--rslora", action=yes_no, default=False, help="scaling alpha / sqrt(r) instead")
@@ -80,12 +87,12 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--warmup", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--epochs", type=int, default=1, help="(default: %(default)s)")
-    add("--max-steps", type=int, help="stop after so many optimizer steps")
-    add("--questions-per-step", type=int, default=64, help="at most so many a step (default: %(default)s)")
+    add("--epochs", type=positive, default=1, help="(default: %(default)s)")
+    add("--max-steps", type=positive, help="stop after so many optimizer steps")
+    add("--questions-per-step", type=positive, default=64, help="at most so many a step (default: %(default)s)")
     add(
         "--pack-tokens",
-        type=int,
+        type=positive,
         default=4096,
         help="most tokens of a packed row (default: %(default)s)",
     )
@@ -112,14 +119,14 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--compile", action=yes_no, default=False, help="torch.compile the language model")
 
     add = parser.add_argument_group("saving and going on").add_argument
-    add("--save-every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
+    add("--save-every", type=positive, default=200, help="steps between checkpoints (default: %(default)s)")
     add(
         "--eval-every",
-        type=int,
+        type=positive,
         default=200,
         help="steps between validation losses, each after a checkpoint (default: %(default)s)",
     )
-    add("--keep", type=int, default=2, help="checkpoints kept (default: %(default)s)")
+    add("--keep", type=positive, default=2, help="checkpoints kept (default: %(default)s)")
     add("--resume", default="auto", help="auto (newest whole checkpoint of --out), none, or a folder")
     add("--resume-anyway", action="store_true", help="go on although settings or data have changed")
     add("--eval-split", choices=["test", "val", "train"], default="test", help="split answered at the end")
@@ -129,12 +136,12 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
         default="free",
         help="answers: greedy, greedy among the allowed, or the likeliest of the allowed",
     )
-    add("--max-answer-tokens", type=int, default=64, help="limit of a free answer (default: %(default)s)")
+    add("--max-answer-tokens", type=positive, default=64, help="limit of a free answer (default: %(default)s)")
 
     add = parser.add_argument_group("modes instead of training").add_argument
     add("--check", action="store_true", help="prove the data, write check.json, exit")
-    add("--overfit", type=int, metavar="N", help="learn the first N rows by heart, or exit 1")
-    add("--overfit-steps", type=int, default=200, help="within so many steps (default: %(default)s)")
+    add("--overfit", type=positive, metavar="N", help="learn the first N rows by heart, or exit 1")
+    add("--overfit-steps", type=positive, default=200, help="within so many steps (default: %(default)s)")
     add("--overfit-loss", type=float, default=2.0, help="the loss must fall below (default: %(default)s)")
     add("--eval-only", action="store_true", help="answer --eval-split with the adapter of --resume")
     add("--merge", metavar="DIR", help="write model + adapter of --resume as one plain model folder")

@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -198,9 +199,10 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
 
 def find_image(data: Path, name: str) -> str:
     """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
-    for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
-        if (data / candidate).exists():
-            return candidate
+    with suppress(OSError):  # a name too long for any file
+        for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
+            if (data / candidate).exists():
+                return candidate
     return name  # reported as missing when it is opened
 
 

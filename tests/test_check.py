@@ -153,6 +153,11 @@ TRAIN_FAULTS = {
     "path upwards": (leave_upwards, "../outside.png leads outside the data folder"),
     "absolute path": (leave_absolute, "outside.png leads outside the data folder"),
     "link outwards": (with_image("images/link.png", linked_out), "images/link.png leads outside the data folder"),
+    "link to itself": (
+        with_image("images/loop.png", lambda path: path.symlink_to(path)),
+        "images/loop.png cannot be opened: ",
+    ),
+    "name too long": (change(image="images/" + "x" * 300 + ".png"), "cannot be opened: "),
     "no json": (lambda data, row: '{"id": 1, ', "not a JSON object"),
     "a list": (lambda data, row: "[1, 2]", "not a JSON object"),
     "too long": (change(question="red? " * 300), "tokens, more than --pack-tokens 200"),

@@ -444,3 +444,11 @@ def test_a_download_that_breaks_off_is_tried_again_then_checked_like_a_folder(de
     assert tries == [("organisation/llava", True)] * 3
     with pytest.raises(SystemExit, match="no such folder"):
         runtime.model_folder("runs/no/such/folder")
+
+
+@pytest.mark.parametrize("flag", ["--keep", "--save-every", "--eval-every", "--epochs", "--questions-per-step"])
+def test_a_count_below_one_is_refused(demo_folder, tmp_path, capsys, flag):
+    """--keep 0 would keep everything, --save-every 0 divide by zero."""
+    with pytest.raises(SystemExit, match="2"):
+        run(demo_folder, tmp_path, flag, 0)
+    assert f"argument {flag}: 0 is not a positive number" in capsys.readouterr().err
