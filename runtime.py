@@ -210,8 +210,10 @@ def start_ranks(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
+        hosts = dict.fromkeys(gather(socket.gethostname()))
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first rank reports; errors of all go to stderr)
+        print(f"{ranks()} ranks on {', '.join(hosts)}")
 
 
 def end_ranks() -> None:
@@ -410,7 +412,7 @@ class StopSignal:
             os._exit(128 + number)
         self.received, self.at = signal.Signals(number).name, time.monotonic()
         what = "finishing this step, then saving" if self.waits else "nothing to save; start again to go on"
-        print(f"\n{self.received}: {what}", file=sys.stderr, flush=True)
+        os.write(2, f"\n{self.received}: {what}\n".encode())  # print may be what the signal has interrupted
         if not self.waits:
             raise SystemExit(EXIT_STOPPED)
 
@@ -445,7 +447,7 @@ class Lock:
 
     def __exit__(self, *_) -> None:
         self.done.set()
-        if rank() == 0 and self._mine():
+        if _text_of(self.path) == self.text:
             self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
@@ -465,18 +467,12 @@ class Lock:
             with suppress(OSError):  # tried again; if it is gone for good, the next checkpoint says so
                 os.utime(self.path)
 
-    def _mine(self) -> bool:
-        try:
-            return self.path.read_text() == self.text
-        except OSError:
-            return False
-
     def _wait_for_the_dead(self) -> None:
         """Remove the lock of a dead run; SystemExit where its run lives."""
-        try:
-            text, touched = self.path.read_text(), self.path.stat().st_mtime_ns
-        except FileNotFoundError:
+        text = _text_of(self.path)
+        if text is None:
             return
+        touched = self.path.stat().st_mtime_ns
         try:
             owner = json.loads(text)
             where = f"process {owner['pid']} on {owner['host']}"
@@ -491,13 +487,20 @@ class Lock:
             end = time.monotonic() + self.patience
             while time.monotonic() < end:
                 time.sleep(self.touch / 10)
-                if not self.path.exists():
+                if _text_of(self.path) != text:  # given back, or taken over by somebody else
                     return
                 if self.path.stat().st_mtime_ns != touched:
                     raise SystemExit(living)
-        if self.path.exists() and self.path.read_text() == text:
+        if _text_of(self.path) == text:
             print(f"{self.path} was left by {where}, which has ended: taken over")
             self.path.unlink(missing_ok=True)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _process(pid: int) -> dict | None:
@@ -716,7 +719,7 @@ def check_media(folder: Path, rows, open_media) -> list[Problem]:
 
     mine = names[rank() :: ranks()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
-        looked = tqdm(pool.map(look, mine), "media", len(mine), unit="file", disable=not sys.stderr.isatty())
+        looked = progress(pool.map(look, mine), desc="media", total=len(mine), unit="file")
         faults = {k: v for part in gather(dict(zip(mine, looked, strict=True))) for k, v in part.items()}
     problems, first = [], {}
     for row in rows:
@@ -756,16 +759,16 @@ def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> None
     temporary = folder.with_suffix(".writing")
 
     def save() -> None:
-        lock = run / "lock"
-        if lock.exists() and lock.read_text() != json.dumps(_process(os.getpid())):
-            raise SystemExit(f"another run has taken {run} over ({lock}); step {step} is not saved")
+        if _text_of(run / "lock") not in (None, json.dumps(_process(os.getpid()))):
+            raise SystemExit(f"another run has taken {run} over (see {run / 'lock'}); step {step} is not saved")
         try:
             with writing(folder):
                 _write_checkpoint(temporary, write, state)
-                if folder.exists():  # only a broken one: a resumed run starts after the newest that is whole
-                    shutil.rmtree(folder)
+                if folder.exists():  # broken, or gone back from with --resume FOLDER: not this run's
+                    folder.rename(folder.with_suffix(".removing"))
                 temporary.rename(folder)
-                _sync(folder.parent)
+                for path in (folder.parent, run):
+                    _sync(path)
         except SystemExit:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
@@ -775,7 +778,8 @@ def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> None
 
 
 def _write_checkpoint(folder: Path, write, state: dict) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in folder.parent.glob("step-????????.*"):  # by a kill, half written or half removed
+        shutil.rmtree(left)
     folder.mkdir(parents=True)
     write(folder)
     write_json(folder / "state.json", state)
@@ -792,7 +796,9 @@ def _tidy(run: Path, newest: Path, keep: int) -> None:
             shutil.rmtree(run / "abandoned" / folder.name, ignore_errors=True)
             folder.rename(run / "abandoned" / folder.name)
     for old in sorted(newest.parent.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
+        old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
+    for left in newest.parent.glob("step-????????.removing"):
+        shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:
@@ -990,6 +996,11 @@ def _lines_up_to(path: Path, step: int) -> list[dict]:
     return kept
 
 
+def progress(iterable=None, **settings) -> tqdm:
+    """A progress bar where there is a terminal, on the first rank."""
+    return tqdm(iterable, dynamic_ncols=True, disable=not sys.stderr.isatty() or rank() > 0, **settings)
+
+
 class Metrics:
     """metrics.jsonl, a line a step, and a progress bar (a plain line every ten seconds where there is no terminal).
 
@@ -1005,8 +1016,8 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         self.file = self.path.open("a", encoding="utf-8") if rank() == 0 else None
         self.total, self.first, self.begun, self.printed = total, step, time.monotonic(), 0.0
-        terminal = sys.stderr.isatty() and rank() == 0
-        self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, unit="step") if terminal else None
+        bar = progress(total=total, initial=step, unit="step")
+        self.bar = None if bar.disable else bar
 
     def write(self, **values) -> None:
         if rank() > 0:

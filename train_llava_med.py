@@ -30,7 +30,6 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
 
 import common
@@ -658,13 +657,14 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
     model.train()
     run.stop.waits = True  # from here on a signal lets the step finish
-    loss, bad, begun = math.nan, 0, time.monotonic()
+    loss, bad, saved, begun = math.nan, 0, start, time.monotonic()
     for step, rows in enumerate(start_loader(steps, args.workers), start=start + 1):
         # ---- one optimizer step: trees are those of all ranks, rows are this rank's ----
         if runtime.any_rank(isinstance(rows, ValueError)):
             faults = [fault for fault in runtime.gather(str(rows) if isinstance(rows, ValueError) else "") if fault]
-            save(step - 1)
-            raise SystemExit(f"step {step}: {'; '.join(faults)}. Step {step - 1} is saved: mend the file, start again")
+            if saved < step - 1:
+                save(step - 1)
+            raise SystemExit(f"step {step}: {'; '.join(faults)}. The steps before are saved: mend it and start again")
         trees = plan[step - 1]
         learned = sum(tree.learned() for tree in trees)
         # dropout draws from (seed, step, rank): a step that is taken again after a stop draws the same
@@ -714,6 +714,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         due = validate and (last or step % args.eval_every == 0)
         if last or due or stopped or step % args.save_every == 0:
             save(step)
+            saved = step
         if stopped:
             signalled = run.stop.received or "a signal to another rank"
             metrics.say(f"stopped by {signalled} after step {step}; the same command goes on from there")
@@ -777,7 +778,7 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
     left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in prompts]
     left = [common.answering_prompt(tree) for tree in left if tree.ids]
     count = sum(len(tree.ids) for tree in left)
-    shown = tqdm(total=count, desc="answering", unit="question", disable=not sys.stderr.isatty())
+    shown = runtime.progress(total=count, desc="answering", unit="question")
     for packed in packed_rows(left, run):
         ids = [name for tree in packed["prompts"] for name in tree.ids]
         tries = [allowed_answers(rows[name], run.text) if mode == "trie" else None for name in ids]
@@ -933,7 +934,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
     if start:
         runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
-    else:
+    if not start or args.resume_anyway:
         runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 
     def save(step):

@@ -293,6 +293,26 @@ def test_a_checkpoint_left_half_written_does_no_harm(demo_folder, whole, tmp_pat
     assert_same_run(out, whole)
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_does_no_harm(demo_folder, whole, tmp_path, monkeypatch):
+    out, remove = stopped_copy(whole, tmp_path / "run", 5), shutil.rmtree
+
+    def killed(folder, **settings):
+        if Path(folder).suffix == ".removing":
+            next(Path(folder).iterdir()).unlink()
+            raise KeyboardInterrupt
+        remove(folder, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(demo_folder, out, *LORA, "--keep", 2)
+    folders = sorted(out.glob("checkpoints/step-????????"))
+    assert [folder.name for folder in folders] == ["step-00000005", "step-00000006"]
+    assert [runtime.checkpoint_fault(folder) for folder in folders] == [None, None]
+    run(demo_folder, out, *LORA, "--keep", 2)
+    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-00000007", "step-00000008"]
+    assert_same_run(out, whole)
+
+
 def test_a_kill_while_saving_leaves_the_earlier_checkpoints_whole(demo_folder, whole, tmp_path, monkeypatch):
     out = stopped_copy(whole, tmp_path / "run", 6)
 
