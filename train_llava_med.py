@@ -9,6 +9,8 @@ A data row, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; image path
         --data runs/demo/llava_med/data --out runs/demo/llava_med/run --tune full --lr 1e-3 --epochs 8 --pack-tokens 512
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check               # the proof
     python train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --epochs 3            # one GPU
+    torchrun --standalone --nproc-per-node 4 train_llava_med.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN
+    sbatch slurm/llava_med.sh                                                                            # a cluster
 
 Published layouts that are read as they are: Kvasir-VQA JSONL, EndoVis-18-VQA's seq_* folders, LLaVA conversations.
 What the demo must reach, and what each figure means, is in README.md.

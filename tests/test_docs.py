@@ -43,7 +43,8 @@ def help_of(script: str) -> str:
 def flags():
     """{script: its flags}."""
     names = [path.stem for path in SCRIPTS] + [name for name in ("demo", "report") if name in OURS]
-    return {name: set(re.findall(r"--[a-z][a-z0-9-]*", help_of(name))) for name in names}
+    names += [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
+    return {name.split(".")[-1]: set(re.findall(r"--[a-z][a-z0-9-]*", help_of(name))) for name in names}
 
 
 def used_flags(text: str, default: str | None = None):
