@@ -396,14 +396,15 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def at_once(self):
-        """For what may be cut short, because the last step is saved."""
+    def wait(self) -> None:
+        """From here on a signal is only noted: the loop finishes its step and saves."""
+        self.waits = True
+
+    def act(self) -> None:
+        """From here on a signal ends the program where it is, as one that came in between does now: all is saved."""
         self.waits = False
         if self.received:
             raise SystemExit(EXIT_STOPPED)
-        yield
-        self.waits = True
 
     def _note(self, number, frame):
         if self.received:

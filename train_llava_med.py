@@ -658,7 +658,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
     if validate and metrics.validated < start and (start == len(plan) or start % args.eval_every == 0):
         metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
     model.train()
-    run.stop.waits = True  # from here on a signal lets the step finish
+    run.stop.wait()
     loss, bad, saved, begun = math.nan, 0, start, time.monotonic()
     for step, rows in enumerate(start_loader(steps, args.workers), start=start + 1):
         # ---- one optimizer step: trees are those of all ranks, rows are this rank's ----
@@ -722,11 +722,12 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
             metrics.say(f"stopped by {signalled} after step {step}; the same command goes on from there")
             raise SystemExit(runtime.EXIT_STOPPED)
         if due:
-            with run.stop.at_once():
-                metrics.write(step=step, val_loss=validate())
+            run.stop.act()
+            metrics.write(step=step, val_loss=validate())
+            run.stop.wait()
             model.train()
             begun = time.monotonic()
-    run.stop.waits = False
+    run.stop.act()
     metrics.close()
     return loss
 

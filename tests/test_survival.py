@@ -77,7 +77,7 @@ def test_a_second_signal_ends_the_program_at_once(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     with runtime.StopSignal() as stop:
-        stop.waits = True
+        stop.wait()
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)  # `timeout` signals a process twice within moments
         assert stop.received == "SIGUSR1" and ended == []
