@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# On the login node, which has a network: fetch models into the shared cache, where jobs find them offline.
+#
+#   bash slurm/download.sh ORGANISATION/NAME …      # then MODEL=ORGANISATION/NAME sbatch slurm/llava_med.sh
+#
+# An interrupted download goes on when the command is repeated. A folder is looked through, too: whatever is missing or
+# cut off is listed, and the exit code is 1. PYTHON and HF_HOME must be those of the job script.
+set -euo pipefail
+[ $# -gt 0 ] || { echo "usage: bash slurm/download.sh MODEL …" >&2; exit 2; }
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$repo/.venv/bin/python}
+export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
+PYTHONPATH=$repo exec "$PYTHON" -c '
+import sys, runtime
+for name in sys.argv[1:]:
+    print(f"{name} is complete: {runtime.model_folder(name)}")' "$@"
