@@ -265,7 +265,7 @@ class Prompt:
 
 
 def pack(prompts: list[Prompt], max_tokens: int, ranks: int = 1) -> list[dict]:
-    """Pack prompt trees into rows of at most max_tokens tokens, as few as it takes, and of nearly equal length.
+    """Pack prompt trees into rows of at most max_tokens tokens, about as few as it takes, and of nearly equal length.
 
     Each row is a dictionary of input_ids, labels, document, branch, all (1, T) int64, position_ids (1, T) or
     (3, 1, T), `ends` (questions,), the index of each branch's last token, and `prompts`, the trees in row order.

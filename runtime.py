@@ -173,9 +173,10 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise SystemExit(f"rank {device.index} of this node has no GPU: torch sees {torch.cuda.device_count()}")
+        index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        device = torch.device("cuda", index if gpus > 1 else 0)  # Slurm can show each task its own GPU alone
+        if device.index >= gpus:
+            raise SystemExit(f"rank {index} of this node has no GPU: torch sees {gpus}")
         torch.cuda.set_device(device)
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" else "fp32"
@@ -194,7 +195,7 @@ def peak_memory_mb(device: torch.device) -> float:
 # 3  Ranks: torchrun, or srun with the same variables, starts the script several times; each process is a rank
 # ------------------------------------------------------------------------------------------------------------
 
-PATIENCE = timedelta(minutes=20)  # for a rank that does not answer; the first one may be writing a large checkpoint
+PATIENCE = timedelta(hours=2)  # for a rank that does not answer: the first may be writing 80 GB to a slow disk
 
 
 def rank() -> int:
@@ -205,15 +206,17 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start_ranks(device: torch.device) -> None:
+def start_ranks(device: torch.device, dtype: torch.dtype) -> None:
     """Find the other ranks, where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say that there are some."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
-        hosts = dict.fromkeys(gather(socket.gethostname()))
+        found = gather([socket.gethostname(), f"{device.type} with {dtype}"])
+        if len({kind for _, kind in found}) > 1:
+            raise SystemExit(f"ranks must all use the same kind of device: {found}")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the first rank reports; errors of all go to stderr)
-        print(f"{ranks()} ranks on {', '.join(hosts)}")
+        print(f"{ranks()} ranks on {', '.join(dict.fromkeys(host for host, _ in found))}")
 
 
 def end_ranks() -> None:
@@ -237,9 +240,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def _together(collective, *tensors) -> None:
     try:
         collective(*tensors)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        text = f"rank {rank()} of {ranks()} ends: another has died or left, its own message says why ({error})"
-        raise SystemExit(text) from None
+        text = f"rank {rank()} of {ranks()} ends: another has died, left or is stuck; its own message says why"
+        raise SystemExit(f"{text} ({error})") from None
 
 
 def gather(value) -> list:
@@ -271,8 +276,8 @@ def on_first_rank(function):
 def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: str) -> None:
     """Put the model on the device: whole ("ddp"), or with the layers of its decoder sharded over the ranks ("fsdp").
 
-    Sharded are a layer's large weights. Adapters stay whole on every rank, as does what is outside the decoder's
-    layers; their gradients are summed by sum_gradients. `decoder` is a module with a list `layers`.
+    Sharded are a layer's matrices. Norms and adapters stay whole on every rank, as does what is outside the
+    decoder's layers; their gradients are summed by sum_gradients. `decoder` is a module with a list `layers`.
     """
     if parallel == "fsdp" and ranks() > 1:
         mesh = init_device_mesh(device.type, (ranks(),))
@@ -280,7 +285,8 @@ def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: st
         policy = MixedPrecisionPolicy(small, torch.float32, cast_forward_inputs=False)
         layers = {p for layer in decoder.layers for p in layer.parameters()}
         adapters = {p for p in layers if p.requires_grad} if any(not p.requires_grad for p in layers) else set()
-        stay = {p for p in model.parameters() if p not in layers} | adapters
+        norms = {p for p in layers if p.ndim < 2}  # as with DDP they are applied in float32
+        stay = {p for p in model.parameters() if p not in layers} | norms | adapters
         for layer in decoder.layers:  # each goes to the device, and is sharded, before the next
             fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=stay)
             layer.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients: train() has divided already
@@ -353,13 +359,13 @@ def clip_gradients(parameters: list, largest: float) -> float:
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, shards put together: on the first rank. The others must call it too and get none."""
-    copies = {}
+    """The tensors on the CPU, shards put together: on the first rank. The others must call it too and get none."""
+    found = {}
     for name, tensor in tensors.items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank() == 0:
-            copies[name] = tensor.detach().cpu().contiguous()
-    return copies
+            found[name] = tensor.detach().cpu().contiguous()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -373,16 +379,18 @@ def program(args: argparse.Namespace, own: bool):
 
     Gives (device, dtype, stop).
     """
-    device, dtype = pick_device(args.device, args.dtype)
-    start_ranks(device)
-    with StopSignal() as stop, Lock(Path(args.out)) if own else nullcontext():
-        yield device, dtype, stop
-        end_ranks()
+    with StopSignal() as stop:
+        device, dtype = pick_device(args.device, args.dtype)
+        start_ranks(device, dtype)
+        with Lock(Path(args.out)) if own else nullcontext():
+            yield device, dtype, stop
+            end_ranks()
 
 
 class StopSignal:
     """Notes SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT. While `waits` is set, the loop asks for `received` and
-    stops after its step; otherwise there is nothing to save, and the program ends. A second signal ends it at once.
+    stops after its step; otherwise there is nothing to save, and the program ends. A second signal ends it at once
+    (as soon as Python runs again: not while it waits for another rank).
     """
 
     def __init__(self):
@@ -413,7 +421,8 @@ class StopSignal:
             os._exit(128 + number)
         self.received, self.at = signal.Signals(number).name, time.monotonic()
         what = "finishing this step, then saving" if self.waits else "nothing to save; start again to go on"
-        os.write(2, f"\n{self.received}: {what}\n".encode())  # print may be what the signal has interrupted
+        with suppress(OSError):  # Ctrl-C has ended `tee` too; print may be what the signal has interrupted
+            os.write(2, f"\n{self.received}: {what}\n".encode())
         if not self.waits:
             raise SystemExit(EXIT_STOPPED)
 
@@ -492,9 +501,26 @@ class Lock:
                     return
                 if self.path.stat().st_mtime_ns != touched:
                     raise SystemExit(living)
-        if _text_of(self.path) == text:
-            print(f"{self.path} was left by {where}, which has ended: taken over")
-            self.path.unlink(missing_ok=True)
+        mine = self.path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
+        with suppress(FileNotFoundError):  # of several that wait, one can rename it
+            self.path.rename(mine)
+            if _text_of(mine) == text:
+                print(f"{self.path} was left by {where}, which has ended: taken over")
+                mine.unlink()
+            else:  # another was quicker, and this is its lock
+                mine.rename(self.path)
+
+
+@contextmanager
+def replacing(folder: Path):
+    """A folder to write into, which takes the place of `folder` once it is complete."""
+    temporary = folder.with_name(folder.name + ".writing")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 def _text_of(path: Path) -> str | None:
@@ -765,41 +791,29 @@ def save_checkpoint(run: Path, step: int, write, state: dict, keep: int) -> None
         try:
             with writing(folder):
                 _write_checkpoint(temporary, write, state)
-                if folder.exists():  # broken, or gone back from with --resume FOLDER: not this run's
-                    folder.rename(folder.with_suffix(".removing"))
                 temporary.rename(folder)
-                for path in (folder.parent, run):
-                    _sync(path)
+                for path in (folder.parent, run, run / "metrics.jsonl"):
+                    if path.exists():
+                        _sync(path)
         except SystemExit:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
-        _tidy(run, folder, keep)
+        for old in sorted(folder.parent.glob("step-????????"))[:-keep]:
+            old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
+        for left in [*folder.parent.glob("step-????????.removing"), *folder.parent.glob("step-????????.writing")]:
+            shutil.rmtree(left, ignore_errors=True)  # a file that is read elsewhere stays on NFS: next time
 
     on_first_rank(save)
 
 
 def _write_checkpoint(folder: Path, write, state: dict) -> None:
-    for left in folder.parent.glob("step-????????.*"):  # by a kill, half written or half removed
-        shutil.rmtree(left)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write(folder)
     write_json(folder / "state.json", state)
     write_json(folder / "manifest.json", {p.name: file_sha256(p) for p in sorted(folder.iterdir())})
     for path in (*folder.iterdir(), folder):
         _sync(path)
-
-
-def _tidy(run: Path, newest: Path, keep: int) -> None:
-    """Keep the `keep` last checkpoints up to the newest; move away those that --resume FOLDER went back from."""
-    for folder in sorted(newest.parent.glob("step-????????")):
-        if folder > newest:
-            (run / "abandoned").mkdir(exist_ok=True)
-            shutil.rmtree(run / "abandoned" / folder.name, ignore_errors=True)
-            folder.rename(run / "abandoned" / folder.name)
-    for old in sorted(newest.parent.glob("step-????????"))[:-keep]:
-        old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
-    for left in newest.parent.glob("step-????????.removing"):
-        shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:
@@ -864,6 +878,20 @@ def adopt_settings(checkpoint: Path, args: argparse.Namespace) -> None:
             setattr(args, name, same[name])
 
 
+def go_back(run: Path, step: int) -> None:
+    """Move checkpoints after `step` to RUN/abandoned: broken ones, and those that --resume FOLDER went back from."""
+
+    def move() -> None:
+        for folder in sorted((run / "checkpoints").glob("step-????????")):
+            if folder > checkpoint_folder(run, step):
+                with writing(run / "abandoned"):
+                    (run / "abandoned").mkdir(exist_ok=True)
+                    shutil.rmtree(run / "abandoned" / folder.name, ignore_errors=True)
+                    folder.rename(run / "abandoned" / folder.name)
+
+    on_first_rank(move)
+
+
 def first_step(checkpoint: Path | None, same: dict, anyway: bool) -> int:
     """The step to go on after, 0 without a checkpoint. Exits where a setting in `same` has changed, unless `anyway`."""
     if checkpoint is None:
@@ -895,6 +923,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dic
     for key, value in tensors.items():
         name, _, entry = key.rpartition(" ")
         parameter = parameters[name]
+        value = value.clone()  # not a view of the file, which is removed while the run goes on
         if entry != "step":
             value = value.to(parameter.device)
             if isinstance(parameter, DTensor):
@@ -933,6 +962,7 @@ def _replace(path: Path, text: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".writing")
             temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
             temporary.replace(path)
 
 
@@ -1037,11 +1067,10 @@ class Metrics:
         elif time.monotonic() - self.printed > 10 or step in (1, self.total):
             self.printed = time.monotonic()
             left = (self.printed - self.begun) / (step - self.first) * (self.total - step)
-            print(
+            self.say(
                 f"step {step:05d}/{self.total} | loss {values['loss']:.4f} | grad {values['grad_norm']:.2f} | "
                 f"lr {values['lr']:.2e} | {values['images']} images, {values['questions']} questions | "
-                f"{values['questions_per_s']:.1f} questions/s | {left / 60:.1f} min left",
-                flush=True,
+                f"{values['questions_per_s']:.1f} questions/s | {left / 60:.1f} min left"
             )
 
     def write_bad(self, step: int, loss: float, grad_norm: float, ids: list[str]) -> None:
@@ -1053,10 +1082,10 @@ class Metrics:
                 file.write(json.dumps(entry) + "\n")
 
     def say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            print(line, flush=True)
+        try:
+            print(line, flush=True) if self.bar is None else self.bar.write(line)
+        except OSError:  # whoever read it has gone, such as `tee` by the Ctrl-C that this run saves for
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
         if self.file is not None:

@@ -25,6 +25,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -585,6 +586,17 @@ def write_model(source: Path, checkpoint: Path, target: Path, args, text: Text, 
     text.tokenizer.save_pretrained(target)
 
 
+def write_final(source: Path, checkpoint: Path, run, dtype) -> None:
+    """RUN/adapter, or after full tuning RUN/model, from the last checkpoint."""
+    if run.args.tune == "full":
+        with runtime.replacing(run.folder / "model") as target:
+            write_model(source, checkpoint, target, run.args, run.text, dtype)
+    else:
+        with runtime.replacing(run.folder / "adapter") as target:
+            for path in checkpoint.glob("adapter_*"):
+                shutil.copy(path, target)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training loop: the same text in every script (BEGIN)
 # ------------------------------------------------------------------------------------------------------------
@@ -709,6 +721,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         bad = 0 if finite else bad + 1
         if bad == 3:
             metrics.say(f"three such steps in a row: stopped; replay them with --only-ids {metrics.bad_steps}")
+            runtime.end_ranks()
             raise SystemExit(runtime.EXIT_NOT_FINITE)
         # ---- save first, then evaluate: a crash there must not cost the steps ----
         stopped = runtime.any_rank(run.stop.received is not None)
@@ -716,10 +729,12 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         due = validate and (last or step % args.eval_every == 0)
         if last or due or stopped or step % args.save_every == 0:
             save(step)
-            saved = step
+            saved, begun = step, time.monotonic()
         if stopped:
             signalled = run.stop.received or "a signal to another rank"
-            metrics.say(f"stopped by {signalled} after step {step}; the same command goes on from there")
+            again = "the same command" if args.resume == "auto" else "the same command with --resume auto"
+            metrics.say(f"stopped by {signalled} after step {step}; {again} goes on from there")
+            runtime.end_ranks()
             raise SystemExit(runtime.EXIT_STOPPED)
         if due:
             run.stop.act()
@@ -737,14 +752,10 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
 # ------------------------------------------------------------------------------------------------------------
 
 
-def media_reader(data: Path, processor):
-    """A function from prompt trees to their pixel_values (images, 3, height, width), in the order of the row."""
-
-    def read(prompts: list[Prompt]) -> dict:
-        images = [runtime.open_image(data, prompt.media) for prompt in prompts]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
-
-    return read
+def read_images(data: Path, processor, prompts: list[Prompt]) -> dict:
+    """The pixel_values (images, 3, height, width) of prompt trees, in the order of the row."""
+    images = [runtime.open_image(data, prompt.media) for prompt in prompts]
+    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
 
 
 @torch.no_grad()
@@ -888,7 +899,8 @@ def main(argv=None) -> None:
         if args.merge:
             if faults:
                 raise SystemExit("\n".join(map(str, faults)))
-            write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
+            with runtime.writing(Path(args.merge)):
+                write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
             print(f"wrote {args.merge}")
             return
         splits, trees = check_data(Path(args.data), args, text, faults, pad_line)
@@ -896,7 +908,7 @@ def main(argv=None) -> None:
             print_first_row(next(rows[0] for rows in splits.values() if rows), text)
             print("check passed")
             return
-        run = Run(args, Path(args.out), device, stop, text, media_reader(Path(args.data), processor))
+        run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), processor))
         if args.eval_only:
             if not splits[args.eval_split]:
                 raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
@@ -918,12 +930,15 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     # ---- the plan, and the place to go on from ----
     plan = make_plan(trees["train"], args)
     same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
-    same |= {"steps": len(plan), "model": runtime.model_fingerprint(folder)}
+    same |= {"dtype": str(dtype), "steps": len(plan), "model": runtime.model_fingerprint(folder)}
     same |= {"rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
-    if args.only_ids:  # a replay has a folder of its own, and takes from a checkpoint only the weights
-        runtime.find_checkpoint(run.folder, "none")
     checkpoint = runtime.find_checkpoint(run.folder, args.resume)
-    start = 0 if args.only_ids else runtime.first_step(checkpoint, same, args.resume_anyway)
+    if args.only_ids and args.resume != "auto":  # a replay in a folder of its own, with the weights of a checkpoint
+        runtime.find_checkpoint(run.folder, "none")
+        start = 0
+    else:
+        start = runtime.first_step(checkpoint, same, args.resume_anyway)
+    runtime.go_back(run.folder, start)
 
     # ---- model and optimizer ----
     torch.manual_seed(args.seed)
@@ -941,7 +956,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
         runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 
     def save(step):
-        weights = runtime.whole(trained)
+        weights = runtime.whole(trained) if args.tune == "full" else {}  # adapters are whole on every rank
         moments = runtime.whole(runtime.optimizer_tensors(optimizer, trained))
 
         def write(target):
@@ -959,11 +974,8 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
         print(f"loss before training: {mean_loss(model, trees['val'][:2], run):.4f}")
     loss = train(model, optimizer, plan, start, validate if trees["val"] else None, save, run)
-    if args.tune == "full":
-        newest = runtime.checkpoint_folder(run.folder, len(plan))
-        runtime.on_first_rank(lambda: write_model(folder, newest, run.folder / "model", args, text, dtype))
-    elif runtime.rank() == 0:
-        common.save_adapter(model.llava, run.folder / "adapter")
+    newest = runtime.checkpoint_folder(run.folder, len(plan))
+    runtime.on_first_rank(lambda: write_final(folder, newest, run, dtype))
 
     # ---- answer ----
     if splits[args.eval_split]:

@@ -50,6 +50,8 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     flags+=(--workers $((SLURM_CPUS_PER_TASK - 1))) # one core is the trainer's own
 fi
 trainer=("$PYTHON" "$repo/train_llava_med.py" "${flags[@]}" --out "$out" "$@") # of a flag given twice the last counts
+# a job that is started again goes on from its own newest checkpoint, whatever --resume named at first
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [[ " $* " = *" --eval-only "* ]] || trainer+=(--resume auto)
 
 [ -n "$job" ] || exec "${trainer[@]}"
 

@@ -3,6 +3,7 @@ are always one of the allowed; candidate scores are exact."""
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def demo(demo_folder):
     rows, _ = script.read_data(demo_folder / "data", args)
     trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
     llava = LlavaForConditionalGeneration.from_pretrained(demo_folder / "model").eval()
-    return script.LlavaMed(llava, torch.float32), script.media_reader(demo_folder / "data", processor), trees
+    return script.LlavaMed(llava, torch.float32), partial(script.read_images, demo_folder / "data", processor), trees
 
 
 def answers_of(demo, trees, eos, max_tokens=4096, limit=NEW_TOKENS, tries=None) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@ forward, and each way of getting the mask, the positions or the mean wrong is ca
 
 import random
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -261,7 +262,7 @@ def data(demo_folder):
     text, processor, _, _ = script.load_text(demo_folder / "model", args)
     rows, _ = script.read_data(demo_folder / "data", args)
     trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
-    read_media = script.media_reader(demo_folder / "data", processor)
+    read_media = partial(script.read_images, demo_folder / "data", processor)
     return SimpleNamespace(args=args, folder=demo_folder, trees=trees, read_media=read_media)
 
 

@@ -216,7 +216,7 @@ def test_a_rank_that_dies_ends_the_others(demo_folder, tmp_path):
     (code, _), (text, _) = ended([first, second], timeout=60)
     assert time.monotonic() - killed < 60
     assert code == 1, text
-    assert "rank 0 of 2 ends: another has died or left" in text
+    assert "rank 0 of 2 ends: another has died, left or is stuck" in text
     assert not (out / "lock").exists()
 
 
@@ -241,7 +241,7 @@ import torch, runtime
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-runtime.start_ranks(torch.device("cpu"))
+runtime.start_ranks(torch.device("cpu"), torch.float32)
 out = sys.stderr
 assert (runtime.rank(), runtime.ranks()) == (rank, 2)
 assert runtime.gather({"rank": rank, "text": "é" * 1000 * rank}) == [

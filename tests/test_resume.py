@@ -179,7 +179,7 @@ def test_a_finished_run_started_again_takes_no_further_step(demo_folder, whole, 
         (["--warmup", 0.5], "warmup was 0.03, is 0.5"),
         (["--weight-decay", 0.1], "weight_decay was 0.0, is 0.1"),
         (["--clip", 0.5], "clip was 1.0, is 0.5"),
-        (["--dtype", "bf16"], "dtype was auto, is bf16"),
+        (["--dtype", "bf16"], "dtype was torch.float32, is torch.bfloat16"),
     ],
     ids=lambda value: value[0][2:] if isinstance(value, list) else "",
 )
@@ -267,7 +267,7 @@ def test_resume_of_a_broken_folder_is_refused(demo_folder, whole, tmp_path, faul
     assert refused(demo_folder, out, *LORA, "--resume", folder).startswith(f"--resume {folder}: {fault}")
 
 
-def test_resume_of_an_earlier_checkpoint_goes_on_from_there(demo_folder, whole, tmp_path, monkeypatch):
+def test_resume_of_an_earlier_checkpoint_goes_on_from_there(demo_folder, whole, tmp_path, monkeypatch, capsys):
     """Stopped again, it goes on from its own step and not from a later one of the time before."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -275,9 +275,52 @@ def test_resume_of_an_earlier_checkpoint_goes_on_from_there(demo_folder, whole, 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
         stop_in(patch, 4)
         run(demo_folder, out, *flags, "--resume", out / "checkpoints" / "step-00000002")
+    assert "the same command with --resume auto goes on from there" in capsys.readouterr().out
     assert [line["step"] for line in metrics_of(out) if "loss" in line] == [1, 2, 3, 4]
     assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-00000003", "step-00000004"]
+    assert sorted(p.name for p in out.glob("abandoned/*")) == [f"step-{i:08d}" for i in range(3, STEPS + 1)]
     run(demo_folder, out, *flags)
+    assert_same_run(out, whole)
+
+
+def test_a_run_killed_right_after_going_back_has_gone_back(demo_folder, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_llava_med, "verify_first_batch", killed)  # before the first step
+        run(demo_folder, out, *LORA, "--resume", out / "checkpoints" / "step-00000002")
+    run(demo_folder, out, *LORA)
+    assert f"resuming from {out}/checkpoints/step-00000002\n" in capsys.readouterr().out
+    assert_same_run(out, whole)
+
+
+def test_what_a_user_keeps_beside_the_checkpoints_stays(demo_folder, whole, tmp_path):
+    out = stopped_copy(whole, tmp_path / "run", 6)
+    mine = out / "checkpoints" / "step-00000006.backup"
+    mine.mkdir()
+    (out / "checkpoints" / "step-00000006.tar").write_text("")
+    run(demo_folder, out, *LORA, "--keep", 1)
+    names = ["step-00000006.backup", "step-00000006.tar", "step-00000008"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == names
+
+
+def test_a_resumed_run_does_not_hold_the_files_it_has_read(demo_folder, whole, tmp_path, monkeypatch):
+    """Over NFS a folder whose files are held cannot be removed."""
+    out, step = stopped_copy(whole, tmp_path / "run", 6), train_llava_med.runtime.save_checkpoint
+
+    def looking(run, number, *rest):
+        held = [line for line in Path("/proc/self/maps").read_text().split("\n") if f"{out}/checkpoints" in line]
+        assert held == []
+        step(run, number, *rest)
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux's /proc")
+    monkeypatch.setattr(train_llava_med.runtime, "save_checkpoint", looking)
+    run(demo_folder, out, *LORA)
     assert_same_run(out, whole)
 
 

@@ -123,6 +123,31 @@ def test_a_signal_while_answering_ends_with_85_and_the_next_start_answers(demo_f
     assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
 
 
+def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, whole, tmp_path):
+    """`train … 2>&1 | tee log`: the signal goes to both, and whoever prints then gets a broken pipe."""
+    out = tmp_path / "run"
+    argv = [
+        sys.executable,
+        ROOT / "train_llava_med.py",
+        "--model",
+        demo_folder / "model",
+        "--data",
+        demo_folder / "data",
+    ]
+    argv += ["--out", out, *FLAGS, "--save-every", 1000, "--max-steps", 10_000, "--epochs", 2000]
+    process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 2:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 85
+    (folder,) = (out / "checkpoints").iterdir()
+    assert runtime.checkpoint_fault(folder) is None
+    assert int(folder.name[5:]) == metrics_of(out)[-1]["step"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Full and read-only disks
 # ------------------------------------------------------------------------------------------------------------
@@ -250,6 +275,27 @@ def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkey
     assert lock.exists() == lives
 
 
+def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, monkeypatch):
+    """The one that is slower to remove the dead run's lock must not remove the quicker one's."""
+    lock = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
+    monkeypatch.setattr(runtime.Lock, "touch", 0.1)
+    monkeypatch.setattr(runtime.Lock, "patience", 0.3)
+    text_of, quicker = runtime._text_of, json.dumps(runtime._process(os.getppid()))
+
+    def overtaken(path):
+        text = text_of(path)
+        if path != lock:  # renamed: in the same moment it was the other's already
+            path.write_text(quicker)
+            return quicker
+        return text
+
+    monkeypatch.setattr(runtime, "_text_of", overtaken)
+    with pytest.raises(SystemExit, match=f"in use by process {os.getppid()} on "), runtime.Lock(tmp_path / "run"):
+        pass
+    assert lock.read_text() == quicker
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
 def test_a_run_whose_folder_was_taken_over_saves_nothing_more(demo_folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     during(monkeypatch, 3, lambda _: (out / "lock").write_text('{"host": "elsewhere", "pid": 1, "began": "1"}'))
@@ -313,11 +359,25 @@ def test_three_bad_steps_in_a_row_end_the_run_with_86_and_can_be_replayed(
     assert f"replay them with --only-ids {out}/bad_steps.jsonl" in capsys.readouterr().out
 
     flags = [*FLAGS, "--only-ids", out / "bad_steps.jsonl"]
-    assert "use another --out" in refused(demo_folder, out, *flags)
+    assert "is of another run" in refused(demo_folder, out, *flags)
     newest = max((out / "checkpoints").iterdir())
     run(demo_folder, tmp_path / "replay", *flags, "--max-steps", 1, "--questions-per-step", 100, "--resume", newest)
     (line,) = [line for line in metrics_of(tmp_path / "replay") if "loss" in line]
     assert sorted(line["ids"]) == sorted(name for line in bad for name in line["ids"])
+
+
+def test_a_replay_that_is_stopped_goes_on(demo_folder, whole, tmp_path, monkeypatch):
+    ids = tmp_path / "ids"
+    ids.write_text("\n".join(row["id"] for row in read_lines(demo_folder / "data" / "train.jsonl")[:30]))
+    flags = [*FLAGS, "--only-ids", ids, "--epochs", 3]
+    start = whole / "checkpoints" / "step-00000004"
+    run(demo_folder, tmp_path / "once", *flags, "--resume", start)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
+        stop_in(patch, 2)
+        run(demo_folder, tmp_path / "run", *flags, "--resume", start)
+    run(demo_folder, tmp_path / "run", *flags, "--resume", "auto")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "once")
+    assert equal(checkpoint(tmp_path / "run", 6), checkpoint(tmp_path / "once", 6))
 
 
 @pytest.mark.parametrize(
