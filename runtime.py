@@ -379,12 +379,27 @@ def program(args: argparse.Namespace, own: bool):
 
     Gives (device, dtype, stop).
     """
-    with StopSignal() as stop:
-        device, dtype = pick_device(args.device, args.dtype)
-        start_ranks(device, dtype)
-        with Lock(Path(args.out)) if own else nullcontext():
-            yield device, dtype, stop
-            end_ranks()
+    code = 0
+    try:
+        with StopSignal() as stop:
+            device, dtype = pick_device(args.device, args.dtype)
+            start_ranks(device, dtype)
+            with Lock(Path(args.out)) if own else nullcontext():
+                yield device, dtype, stop
+                end_ranks()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):  # with a message
+            raise
+        code = ended.code
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # not through Python's own end: a thread of the process group that needs Python then would abort the process,
+        # and its exit code would no longer say whether it has finished
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 class StopSignal:
