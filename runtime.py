@@ -600,7 +600,8 @@ def _download(name: str, weights: bool, tries: int) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, HfHubHTTPError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if attempt == tries or status in (401, 403, 404):
+            offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")  # a compute node: slurm/download.sh
+            if attempt == tries or offline or status in (401, 403, 404):
                 raise SystemExit(f"--model {name}: neither a folder here nor to be downloaded: {error}") from None
             print(f"download of {name} failed ({error}); try {attempt + 1} of {tries}", flush=True)
             time.sleep(2**attempt)

@@ -440,6 +440,12 @@ def test_a_download_that_breaks_off_is_tried_again_then_checked_like_a_folder(de
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr(runtime.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as on a compute node: trying again would not help
+    with pytest.raises(SystemExit, match="connection reset"):
+        runtime.model_folder("organisation/llava")
+    assert len(tries) == 1
+    tries.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert runtime.model_folder("organisation/llava") == demo_folder / "model"
     assert tries == [("organisation/llava", True)] * 3
     with pytest.raises(SystemExit, match="no such folder"):

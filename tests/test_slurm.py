@@ -19,14 +19,19 @@ from helpers import read_lines, read_tensors, run
 
 ROOT = Path(__file__).parent.parent
 SCRIPT, SLURM_CI = ROOT / "slurm/llava_med.sh", ROOT / "tests/slurm_ci.sh"
-ABSENT = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "unshare") if not shutil.which(name)]
-ROOTED = (
-    not ABSENT and os.geteuid() == 0 and subprocess.run(["unshare", "-m", "-u", "true"], check=False).returncode == 0
-)
-lacking = (
-    f"Slurm: no {', '.join(ABSENT)} (bash tests/slurm_ci.sh install)" if ABSENT else "root, and its own name spaces"
-)
-needs_slurm = pytest.mark.skipif(not ROOTED, reason=f"needs {lacking}")
+
+
+def lacking() -> str:
+    """What it takes to start Slurm here and is not there; empty if nothing."""
+    absent = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
+    if absent:
+        return f"Slurm: no {', '.join(absent)} (bash tests/slurm_ci.sh install)"
+    # a node is a name space with a host name of its own
+    own = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "-u", "true"], check=False).returncode == 0
+    return "" if own else "root, and the right to make name spaces"
+
+
+needs_slurm = pytest.mark.skipif(bool(lacking()), reason=f"needs {lacking()}")
 
 ONE_CORE = ["--cpus-per-task=1", "--mem=1G"]
 SHORT = ["--limit", "24", "--questions-per-step", "16", "--pack-tokens", "512", "--max-answer-tokens", "2"]

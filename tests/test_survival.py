@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -480,33 +479,3 @@ def test_a_file_that_turns_bad_during_training_stops_the_run_with_a_checkpoint(
     shutil.copy(demo_folder / "data" / name, tmp_path / "data" / name)
     run(tmp_path, tmp_path / "run", *flags)
     assert equal(checkpoint(tmp_path / "run", 6), checkpoint(whole, 6))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Nothing pickled, nothing fetched
-# ------------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_unpickled_and_no_socket_opened(demo_folder, whole, tmp_path, monkeypatch):
-    def never(*_, **__):
-        raise AssertionError("unpickled, or a socket")
-
-    class Never(pickle.Unpickler):
-        def load(self):
-            never()
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
-        for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (socket, "socket")):
-            patch.setattr(module, name, never)
-        patch.setattr(pickle, "Unpickler", Never)
-        stop_in(patch, 3)
-        run(demo_folder, tmp_path / "run", *FLAGS)
-    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (socket, "socket")):
-        monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(pickle, "Unpickler", Never)
-    run(demo_folder, tmp_path / "run", *FLAGS)
-    run(demo_folder, tmp_path / "run", *FLAGS, "--eval-only", "--decode", "score")
-    run(demo_folder, tmp_path / "run", "--merge", tmp_path / "merged")
-    assert equal(checkpoint(tmp_path / "run", 6), checkpoint(whole, 6))
-    with pytest.raises(AssertionError, match="unpickled"):
-        torch.load(tmp_path / "nothing")
