@@ -899,8 +899,9 @@ def main(argv=None) -> None:
         if args.merge:
             if faults:
                 raise SystemExit("\n".join(map(str, faults)))
-            with runtime.writing(Path(args.merge)):
-                write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
+            if runtime.rank() == 0:
+                with runtime.writing(Path(args.merge)):
+                    write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
             print(f"wrote {args.merge}")
             return
         splits, trees = check_data(Path(args.data), args, text, faults, pad_line)
