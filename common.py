@@ -798,6 +798,30 @@ def answer_candidates(question: str, type: str) -> list[str] | None:
     return None
 
 
+def question_fields(entry: dict) -> dict:
+    """question, answer, question_type and candidates of a data row, the last two inferred where it does not say.
+
+    Raises ValueError where question or answer is empty, or the answer none of the row's own answer_candidates.
+    """
+    question, answer = entry.get("question"), entry.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    if answer is None or not str(answer).strip() or str(answer).strip().lower() == "nan":
+        raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
+    kind, candidates = entry.get("question_type") or question_type(question), entry.get("answer_candidates")
+    if candidates is not None:
+        if not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates):
+            raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
+        if normalise(answer) not in map(normalise, candidates):
+            raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
+    return {
+        "question": question.strip(),
+        "answer": str(answer).strip(),
+        "question_type": kind,
+        "candidates": candidates or answer_candidates(question, kind),
+    }
+
+
 NUMBER_WORDS = [
     "zero",
     "one",

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
@@ -68,7 +69,7 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     yes_no = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what to train on").add_argument
-    add("--model", required=True, help="model folder, or hub ID (downloaded first)")
+    add("--model", help="model folder, or hub ID (downloaded first)")
     add("--data", help="data folder")
     add("--out", help="run folder")
     add("--limit", type=positive, help="use only the first LIMIT rows of each split")
@@ -149,6 +150,20 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
 
     parser.set_defaults(**defaults)
     return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The settings, all of them printed; ends with what is missing."""
+    args = parser.parse_args(argv)
+    needed = ["model"] if args.count_params or args.merge else ["model", "data", "out"]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} required")
+    if args.overfit:
+        args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
+        args.out = f"{args.out}/overfit"
+    print_settings(parser, args, argv)
+    return args
 
 
 def print_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
@@ -667,6 +682,16 @@ def image_processor(folder: Path):
     raise SystemExit(f"--model {folder}: no preprocessor_config.json that names an image_processor_type")
 
 
+def save_image_processor(processor, folder: Path) -> None:
+    """Write it as the model was trained with it, also into the other file that may hold one."""
+    processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if "image_processor" in config:
+        config["image_processor"] = json.loads((folder / "preprocessor_config.json").read_text())
+        write_json(path, config)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 6  Reading data
 # ------------------------------------------------------------------------------------------------------------
@@ -705,6 +730,49 @@ def read_jsonl(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
     return rows, problems
 
 
+def data_files(data: Path) -> dict[str | None, Path]:
+    """{split: its file} of a data folder, or {None: its only file}, to be divided by split_of."""
+    if not data.is_dir():
+        raise SystemExit(f"--data {data}: no such folder")
+    found = [path for s in ("train", "val", "test") for path in sorted(data.glob(f"{s}.json*"))]
+    files = {path.stem: path for path in found if path.suffix in (".json", ".jsonl")}
+    if len(files) < len(found):
+        raise SystemExit(f"--data {data}: one file a split, not {', '.join(path.name for path in found)}")
+    whole = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
+    if len(whole) != 1 and not files:
+        raise SystemExit(
+            f"--data {data}: no train/val/test.jsonl, no single .jsonl or .json file, no seq_*/vqa folders"
+        )
+    return files or {None: whole[0]}
+
+
+def split_of(image: str) -> str:
+    """70/15/15 by image, from its name alone: adding rows later moves none of the others."""
+    share = random.Random(image).random()
+    return "train" if share < 0.70 else "val" if share < 0.85 else "test"
+
+
+def choose_rows(read, args: argparse.Namespace) -> tuple[list, list[Problem]]:
+    """The rows and the problems among what was read; rows as --only-ids and --limit leave them, each ID once."""
+    rows, problems = [], []
+    for item in read:
+        (problems if isinstance(item, Problem) else rows).append(item)
+    if args.only_ids:
+        ids = read_ids(args.only_ids)
+        unknown = sorted(ids - {row.id for row in rows if row.split == "train"})
+        if unknown:
+            raise SystemExit(f"--only-ids {args.only_ids}: {len(unknown)} are no training rows, such as {unknown[0]!r}")
+        rows = [row for row in rows if row.split != "train" or row.id in ids]
+    if args.limit:
+        rows = [r for s in ("train", "val", "test") for r in [r for r in rows if r.split == s][: args.limit]]
+    seen = {}
+    for row in rows:
+        if row.id in seen:
+            problems.append(Problem(row.where, row.id, f"duplicate ID, first used at {seen[row.id]}; make it unique"))
+        seen.setdefault(row.id, row.where)
+    return rows, problems
+
+
 def misspelt(row: dict, known: set[str]) -> str | None:
     """A sentence on the first unknown field that is spelt like a known one, which would be ignored silently."""
     for name in row.keys() - known:
@@ -728,6 +796,15 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def find_image(folder: Path, name: str) -> str:
+    """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
+    with suppress(OSError):  # a name too long for any file
+        for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
+            if (folder / candidate).exists():
+                return candidate
+    return name  # reported as missing when it is opened
+
+
 def open_image(folder: Path, name: str, max_pixels: int = 50_000_000) -> Image.Image:
     """Decode a JPEG or PNG of the data folder completely, as RGB. Raises ValueError that names the file and fault."""
     path = inside(folder, name)
@@ -746,28 +823,28 @@ def open_image(folder: Path, name: str, max_pixels: int = 50_000_000) -> Image.I
         raise ValueError(f"{name} cannot be read: {what}") from None
 
 
-def check_media(folder: Path, rows, open_media) -> list[Problem]:
-    """Open every file once with open_media(folder, name); the same bytes or group in two splits is a fault too.
+def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict]:
+    """Open every file once; the same bytes or group in two splits is a fault too.
 
-    A row has where, id, split, group and media, a list of names.
+    A row has where, id, split, group and media, a list of names. measure(folder, name) opens a file completely and
+    returns what its tokens are counted from, JSON-like; returned are the faults and {name: what it measured}.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.media))
 
-    def look(name: str) -> tuple[str | None, str | None]:
+    def look(name: str) -> tuple:
         try:
-            open_media(folder, name)
-            return None, file_sha256(folder / name)
+            return None, measure(folder, name), file_sha256(folder / name)
         except ValueError as error:
-            return str(error), None
+            return str(error), None, None
 
     mine = names[rank() :: ranks()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
         looked = progress(pool.map(look, mine), desc="media", total=len(mine), unit="file")
-        faults = {k: v for part in gather(dict(zip(mine, looked, strict=True))) for k, v in part.items()}
+        seen = {k: v for part in gather(dict(zip(mine, looked, strict=True))) for k, v in part.items()}
     problems, first = [], {}
     for row in rows:
-        broken = [faults[name][0] for name in row.media if faults[name][0]]
-        shared = [("group", row.group, row.group), *(("file", name, faults[name][1]) for name in row.media)]
+        broken = [seen[name][0] for name in row.media if seen[name][0]]
+        shared = [("group", row.group, row.group), *(("file", name, seen[name][2]) for name in row.media)]
         for what, name, key in shared if not broken else []:
             other = first.setdefault((what, key), row)
             if other.split != row.split:
@@ -775,7 +852,7 @@ def check_media(folder: Path, rows, open_media) -> list[Problem]:
                 broken.append(text)
         if broken:
             problems.append(Problem(row.where, row.id, "; ".join(broken)))
-    return problems
+    return problems, {name: found[1] for name, found in seen.items()}
 
 
 def file_sha256(path: Path) -> str:
@@ -885,10 +962,13 @@ SAME_SETTINGS = [
 ]
 
 
-def adopt_settings(checkpoint: Path, args: argparse.Namespace) -> None:
-    """For answering and merging: take from the checkpoint what decides which parameters it holds."""
+def adopt_settings(checkpoint: Path, args: argparse.Namespace, own: list[str]) -> None:
+    """For answering and merging: take from the checkpoint which parameters it holds and what they were trained to see.
+
+    `own` are the script's own settings of that kind.
+    """
     same = json.loads((checkpoint / "state.json").read_text())["same"]
-    for name in ("tune", "lora_r", "lora_alpha", "rslora", "sentinels"):
+    for name in ("tune", "lora_r", "lora_alpha", "rslora", "sentinels", *own):
         if getattr(args, name) != same[name]:
             print(f"{name} {same[name]} (from {checkpoint})")
             setattr(args, name, same[name])

@@ -23,7 +23,6 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ IMAGE = "<image>"
 # every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR_PATTERN = r"model\.multi_modal_projector\..*"
+OWN_SETTINGS = []  # flags of this script alone that a checkpoint is bound to
 # for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
@@ -66,14 +66,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("EndoVis-18-VQA").add_argument
     add("--endovis-split", choices=list(ENDOVIS), help="which of the two published splits (required for this data)")
     add("--endovis-answers", choices=["Classification", "Sentence"], default="Classification")
-    args = parser.parse_args(argv)
-    if not (args.count_params or args.merge) and (args.data is None or args.out is None):
-        parser.error("--data and --out are required")
-    if args.overfit:
-        args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
-        args.out = f"{args.out}/overfit"
-    runtime.print_settings(parser, args, argv)
-    return args
+    return runtime.parse_flags(parser, argv)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,40 +98,11 @@ FIELDS = {*IMAGE_FIELDS, "id", "question", "answer", "question_type", "answer_ca
 
 def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder in whichever published layout it has, and the rows that cannot be used."""
-    if not data.is_dir():
-        raise SystemExit(f"--data {data}: no such folder")
     if any(data.glob("seq_*/vqa")):
         read = read_endovis(data, args.endovis_split, args.endovis_answers)
     else:
-        found = [path for s in ("train", "val", "test") for path in sorted(data.glob(f"{s}.json*"))]
-        files = {path.stem: path for path in found if path.suffix in (".json", ".jsonl")}
-        if len(files) < len(found):
-            raise SystemExit(f"--data {data}: one file a split, not {', '.join(path.name for path in found)}")
-        whole = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
-        if len(whole) == 1:  # published as one file: split by image
-            files = {None: whole[0]}
-        if not files:
-            raise SystemExit(
-                f"--data {data}: no train/val/test.jsonl, no single .jsonl or .json file, no seq_*/vqa folders"
-            )
-        read = (item for split, path in files.items() for item in read_file(data, path, split))
-    rows, problems = [], []
-    for item in read:
-        (problems if isinstance(item, Problem) else rows).append(item)
-    if args.only_ids:
-        ids = runtime.read_ids(args.only_ids)
-        unknown = sorted(ids - {row.id for row in rows if row.split == "train"})
-        if unknown:
-            raise SystemExit(f"--only-ids {args.only_ids}: {len(unknown)} are no training rows, such as {unknown[0]!r}")
-        rows = [row for row in rows if row.split != "train" or row.id in ids]
-    if args.limit:
-        rows = [r for s in ("train", "val", "test") for r in [r for r in rows if r.split == s][: args.limit]]
-    seen = {}
-    for row in rows:
-        if row.id in seen:
-            problems.append(Problem(row.where, row.id, f"duplicate ID, first used at {seen[row.id]}; make it unique"))
-        seen.setdefault(row.id, row.where)
-    return rows, problems
+        read = (row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split))
+    return runtime.choose_rows(read, args)
 
 
 def read_file(data: Path, path: Path, split: str | None):
@@ -172,46 +136,16 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
     name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f)), None)
     if name is None:
         raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
-    question, answer = entry.get("question"), entry.get("answer")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("the question is empty")
-    if answer is None or not str(answer).strip() or str(answer).strip().lower() == "nan":
-        raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
-    kind = entry.get("question_type") or common.question_type(question)
-    candidates = entry.get("answer_candidates")
-    if candidates is not None:
-        if not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates):
-            raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
-        if common.normalise(answer) not in map(common.normalise, candidates):
-            raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
-    image = find_image(data, name)
+    image = runtime.find_image(data, name)
     return Row(
         where=where,
-        split=split or split_of(image),
+        split=split or runtime.split_of(image),
         id=str(entry.get("id") or where),
         image=image,
-        question=question.strip(),
-        answer=str(answer).strip(),
-        question_type=kind,
-        candidates=candidates or common.answer_candidates(question, kind),
         group=str(entry.get("group") or image),
         history=list(history),
+        **common.question_fields(entry),
     )
-
-
-def find_image(data: Path, name: str) -> str:
-    """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
-    with suppress(OSError):  # a name too long for any file
-        for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
-            if (data / candidate).exists():
-                return candidate
-    return name  # reported as missing when it is opened
-
-
-def split_of(image: str) -> str:
-    """70/15/15 by image, from its name alone: adding rows later moves none of the others."""
-    share = random.Random(image).random()
-    return "train" if share < 0.70 else "val" if share < 0.85 else "test"
 
 
 def conversation_rows(data: Path, where: str, entry: dict, split: str | None):
@@ -271,10 +205,13 @@ class Text:
     """What turns a row into tokens: read from the checkpoint's folder, no weights needed."""
 
     tokenizer: object
+    processor: object  # of images
     image_id: int | None  # None where config.json has it wrong
     features: int  # placeholders an image stands for
     bos: list[int]  # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
     keep_sentinels: bool
+    report: dict  # for check.json: what was found in the checkpoint's files
+    measured: dict = field(default_factory=dict)  # image -> (width, height), once all are opened
 
 
 def read_config(folder: Path) -> dict:
@@ -287,8 +224,8 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
-    """Tokenizer, image processor, the faults of the checkpoint's own files, and what was found of PAD and EOS."""
+def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
+    """Tokenizer and image processor, and the faults of the checkpoint's own files."""
     config_file = read_config(folder)
     problems = []
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -312,7 +249,8 @@ def load_text(folder: Path, args) -> tuple[Text, object, list[Problem], str]:
     if (size["height"], size["width"]) != (config.vision_config.image_size,) * 2:
         text = f"{size['height']} x {size['width']} pixels, the vision tower takes {config.vision_config.image_size}"
         problems.append(Problem("preprocessor_config.json", None, text))
-    return Text(tokenizer, image_id, features, bos, args.sentinels == "keep"), processor, problems, pad_line
+    report = {"image_token": {"id": image_id, "per_image": features}, "pad": pad_line}
+    return Text(tokenizer, processor, image_id, features, bos, args.sentinels == "keep", report), problems
 
 
 def features_per_image(config) -> int:
@@ -345,7 +283,7 @@ def render(tokenizer, row: Row) -> str:
 def refuse_tokens(row: Row, text: Text) -> None:
     """Raise ValueError where a text holds what the tokenizer would take for <image>, EOS or a sentinel."""
     for part in (row.question, row.answer, *(row.candidates or []), *(t for turn in row.history for t in turn)):
-        for token in (IMAGE, *common.SENTINELS, *text.tokenizer.all_special_tokens):
+        for token in (IMAGE, *common.SENTINELS, *text.tokenizer.get_added_vocab()):
             if token in part:
                 raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
 
@@ -399,36 +337,6 @@ def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list
     return list(trees.values()), problems
 
 
-def check_data(data: Path, args, text: Text, fatal: list[Problem], pad_line: str):
-    """The proof that stands before every run: each row built and decoded again, each image opened.
-
-    Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
-    """
-    rows, faults = read_data(data, args)
-    faults += runtime.check_media(data, rows, runtime.open_image)
-    splits, trees, counts = {}, {}, {}
-    for split in ("train", "val", "test"):
-        bad = {p.where for p in faults}
-        part = [row for row in rows if row.split == split and row.where not in bad]
-        trees[split], found = build_prompts(part, text, args)
-        faults += found
-        bad = {p.where for p in found}
-        splits[split] = [row for row in part if row.where not in bad]
-        counts[split] = {
-            "questions": len(splits[split]),
-            "images": len({row.image for row in splits[split]}),
-            "tokens": sum(len(tree) for tree in trees[split]),
-            "learned_tokens": sum(tree.learned() for tree in trees[split]),
-            "question_types": dict(Counter(row.question_type for row in splits[split])),
-        }
-        print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
-    report = {"splits": counts, "image_token": {"id": text.image_id, "per_image": text.features}, "pad": pad_line}
-    runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
-    if not (args.eval_only or args.check or splits["train"]):
-        raise SystemExit(f"--data {data}: no training rows")
-    return splits, trees
-
-
 def print_first_row(row: Row, text: Text) -> None:
     """Row 0 as the model sees it: green learned, grey masked, blue media."""
     prefix, input_ids, labels = encode_row(row, text)
@@ -449,15 +357,15 @@ def print_first_row(row: Row, text: Text) -> None:
 class LlavaMed(nn.Module):
     """LLaVA whose forward takes a packed row and returns (loss sum, learned tokens)."""
 
-    def __init__(self, llava: LlavaForConditionalGeneration, dtype: torch.dtype):
+    def __init__(self, vlm: LlavaForConditionalGeneration, dtype: torch.dtype):
         super().__init__()
-        self.llava = llava
+        self.vlm = vlm
         self.dtype = dtype
-        self.image_id = common.image_token_id(llava.config)
+        self.image_id = common.image_token_id(vlm.config)
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) -> (images, features, width of the language model)."""
-        inner, config = self.llava.model, self.llava.config
+        inner, config = self.vlm.model, self.vlm.config
         layers = config.vision_feature_layer
         with self.autocast():
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):  # frozen: keep no activations
@@ -469,30 +377,30 @@ class LlavaMed(nn.Module):
 
     def autocast(self):
         """With bf16, trained parameters stay float32 and are cast where they are used."""
-        device = next(self.llava.parameters()).device.type
+        device = next(self.vlm.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @property
     def decoder(self) -> nn.Module:
-        return self.llava.model.language_model
+        return self.vlm.model.language_model
 
     @torch.no_grad()
     def idle(self) -> None:
         """A pass without a question, for a rank that has none left while others have (runtime.equal_passes)."""
         with self.autocast():
-            device, width = self.llava.lm_head.weight.device, self.llava.config.text_config.hidden_size
+            device, width = self.vlm.lm_head.weight.device, self.vlm.config.text_config.hidden_size
             self.decoder(inputs_embeds=torch.zeros(1, 1, width, device=device, dtype=self.dtype), use_cache=False)
 
     @property
     def tower_trains(self) -> bool:
-        return next(self.llava.model.vision_tower.parameters()).requires_grad
+        return next(self.vlm.model.vision_tower.parameters()).requires_grad
 
-    def hidden(self, input_ids, position_ids, mask, cache=None, pixel_values=None) -> torch.Tensor:
-        """Last hidden states (1, T, width) of tokens (1, T) under a mask (1, 1, T, keys)."""
+    def hidden(self, input_ids, position_ids, mask, cache=None, media: dict | None = None) -> torch.Tensor:
+        """Last hidden states (1, T, width) of tokens (1, T) under a mask (1, 1, T, keys); `media` of read_images."""
         with self.autocast():
-            embeds = self.llava.get_input_embeddings()(input_ids)  # (1, T, width)
-            if pixel_values is not None:
-                features = self.image_features(pixel_values)
+            embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
+            if media is not None:
+                features = self.image_features(media["pixel_values"])
                 common.check_placeholders(input_ids, self.image_id, features.shape[0] * features.shape[1])
                 places = (input_ids == self.image_id).unsqueeze(-1)
                 embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
@@ -506,44 +414,51 @@ class LlavaMed(nn.Module):
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            return self.llava.lm_head(hidden)
+            return self.vlm.lm_head(hidden)
 
     def forward(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         mask = common.visible(row["document"], row["branch"])
-        hidden = self.hidden(row["input_ids"], row["position_ids"], mask, None, row["pixel_values"])
+        hidden = self.hidden(row["input_ids"], row["position_ids"], mask, None, media=row)
         return common.supervised_loss(hidden, self.lm_head, row["labels"])
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.llava.model.vision_tower.train(mode and self.tower_trains)  # no dropout in a frozen tower
+        self.vlm.model.vision_tower.train(mode and self.tower_trains)  # no dropout in a frozen tower
         return self
 
 
-def prepare(llava: LlavaForConditionalGeneration, args) -> None:
+def prepare(vlm: LlavaForConditionalGeneration, args) -> None:
     """Choose what is trained; whatever is, is float32, because bfloat16 loses small updates."""
     if args.tune == "full":
-        common.train_only(llava, r".*")
+        common.train_only(vlm, r".*")
     else:
-        common.train_only(llava, PROJECTOR_PATTERN)
-        common.add_lora(llava, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
-    for parameter in llava.parameters():
+        common.train_only(vlm, PROJECTOR_PATTERN)
+        common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+    for parameter in vlm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if args.grad_checkpoint:  # not reentrant: the inputs of a frozen base need no gradient
-        llava.gradient_checkpointing_enable({"use_reentrant": False})
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def meta_model(folder: Path) -> LlavaForConditionalGeneration:
+    """The model from its configuration alone, without weights."""
+    read_config(folder)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(AutoConfig.from_pretrained(folder))
 
 
 def load_model(folder: Path, args, text: Text, dtype) -> LlavaMed:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
-    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    window = getattr(llava.config.text_config, "sliding_window", None)
+    vlm = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    window = getattr(vlm.config.text_config, "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
-    common.separate_pad_from_eos(text.tokenizer, llava)
-    prepare(llava, args)
+    common.separate_pad_from_eos(text.tokenizer, vlm)
+    prepare(vlm, args)
     if args.compile:
-        llava.model.language_model.compile(dynamic=True)
-    return LlavaMed(llava, dtype)
+        vlm.model.language_model.compile(dynamic=True)
+    return LlavaMed(vlm, dtype)
 
 
 @torch.no_grad()
@@ -555,46 +470,20 @@ def verify_first_batch(model: LlavaMed, trees: list[Prompt], run) -> None:
     print(f"image tokens: {features.shape[1]} per image, ID {model.image_id} — verified")
 
 
-def count_parameters(folder: Path, args) -> None:
-    """A table by component, from the configuration alone: nothing is read or allocated."""
-    read_config(folder)
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-        prepare(llava, args)
-    table = Counter(), Counter()
-    for name, p in llava.named_parameters():
-        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
-        table[0][part] += p.numel()
-        table[1][part] += p.numel() * p.requires_grad
-    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
-    for part, count in [*table[0].items()]:
-        print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
-    everything, trainable = sum(table[0].values()), sum(table[1].values())
-    print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
+def measure(data: Path, name: str) -> tuple[int, int]:
+    """(width, height) of an image, decoded completely."""
+    return runtime.open_image(data, name).size
 
 
-def write_model(source: Path, checkpoint: Path, target: Path, args, text: Text, dtype) -> None:
-    """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
-    llava = load_model(source, args, text, dtype).llava
-    common.load_trained(llava, checkpoint)
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
-            shutil.copy(path, target)
-    common.merge_lora(llava).to(dtype).save_pretrained(target)
-    text.tokenizer.save_pretrained(target)
+def answer_limit(row: Row, args) -> int:
+    """The most tokens of a free answer."""
+    return args.max_answer_tokens
 
 
-def write_final(source: Path, checkpoint: Path, run, dtype) -> None:
-    """RUN/adapter, or after full tuning RUN/model, from the last checkpoint."""
-    if run.args.tune == "full":
-        with runtime.replacing(run.folder / "model") as target:
-            write_model(source, checkpoint, target, run.args, run.text, dtype)
-    else:
-        with runtime.replacing(run.folder / "adapter") as target:
-            for path in checkpoint.glob("adapter_*"):
-                shutil.copy(path, target)
+def read_images(data: Path, text: Text, prompts: list[Prompt]) -> dict:
+    """The pixel_values (images, 3, height, width) of prompt trees, in the order of the row."""
+    images = [runtime.open_image(data, prompt.media) for prompt in prompts]
+    return {"pixel_values": text.processor(images, return_tensors="pt")["pixel_values"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -752,10 +641,81 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_images(data: Path, processor, prompts: list[Prompt]) -> dict:
-    """The pixel_values (images, 3, height, width) of prompt trees, in the order of the row."""
-    images = [runtime.open_image(data, prompt.media) for prompt in prompts]
-    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+# ------------------------------------------------------------------------------------------------------------
+# Checking, answering and scoring: the same text in every script (BEGIN)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_data(data: Path, args, text, fatal: list[Problem]):
+    """The proof that stands before every run: each row built and decoded again, each file opened.
+
+    Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
+    """
+    rows, faults = read_data(data, args)
+    found, text.measured = runtime.check_media(data, rows, measure)
+    faults += found
+    splits, trees, counts = {}, {}, {}
+    for split in ("train", "val", "test"):
+        bad = {p.where for p in faults}
+        part = [row for row in rows if row.split == split and row.where not in bad]
+        trees[split], found = build_prompts(part, text, args)
+        faults += found
+        bad = {p.where for p in found}
+        splits[split] = [row for row in part if row.where not in bad]
+        counts[split] = {
+            "questions": len(splits[split]),
+            "images": len({name for row in splits[split] for name in row.media}),
+            "tokens": sum(len(tree) for tree in trees[split]),
+            "learned_tokens": sum(tree.learned() for tree in trees[split]),
+            "question_types": dict(Counter(row.question_type for row in splits[split])),
+        }
+        print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
+    report = {"splits": counts, **text.report}
+    runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
+    if not (args.eval_only or args.check or splits["train"]):
+        raise SystemExit(f"--data {data}: no training rows")
+    return splits, trees
+
+
+def count_parameters(folder: Path, args) -> None:
+    """A table by component, from the configuration alone: nothing is read or allocated."""
+    with torch.device("meta"):
+        vlm = meta_model(folder)
+        prepare(vlm, args)
+    table = Counter(), Counter()
+    for name, p in vlm.named_parameters():
+        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+        table[0][part] += p.numel()
+        table[1][part] += p.numel() * p.requires_grad
+    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
+    for part, count in table[0].items():
+        print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
+    everything, trainable = sum(table[0].values()), sum(table[1].values())
+    print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
+
+
+def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype) -> None:
+    """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
+    vlm = load_model(source, args, text, dtype).vlm
+    common.load_trained(vlm, checkpoint)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
+            shutil.copy(path, target)
+    common.merge_lora(vlm).to(dtype).save_pretrained(target)
+    text.tokenizer.save_pretrained(target)
+    runtime.save_image_processor(text.processor, target)
+
+
+def write_final(source: Path, checkpoint: Path, run, dtype) -> None:
+    """RUN/adapter, or after full tuning RUN/model, from the last checkpoint."""
+    if run.args.tune == "full":
+        with runtime.replacing(run.folder / "model") as target:
+            write_model(source, checkpoint, target, run.args, run.text, dtype)
+    else:
+        with runtime.replacing(run.folder / "adapter") as target:
+            for path in checkpoint.glob("adapter_*"):
+                shutil.copy(path, target)
 
 
 @torch.no_grad()
@@ -778,11 +738,6 @@ def packed_rows(prompts: list[Prompt], run: Run):
         yield from (to_device(row, run.device) for row in rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Answering and scoring
-# ------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict[str, dict]:
     """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
@@ -797,11 +752,11 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
         ids = [name for tree in packed["prompts"] for name in tree.ids]
         tries = [allowed_answers(rows[name], run.text) if mode == "trie" else None for name in ids]
 
-        def read(input_ids, position_ids, mask, cache, images=packed["pixel_values"]):
-            # the images belong to the first reading; afterwards they are in the cache
-            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else images)
+        def read(input_ids, position_ids, mask, cache, media=packed):
+            # media belong to the first reading; afterwards they are in the cache
+            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else media)
 
-        limits = [run.args.max_answer_tokens] * len(ids)
+        limits = [answer_limit(rows[name], run.args) for name in ids]
         answers = common.decode(read, model.lm_head, packed, tokenizer.eos_token_id, limits, tries)
         for name, tokens in zip(ids, answers, strict=True):
             found[name] = {"prediction": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
@@ -828,11 +783,11 @@ def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Ru
         pairs = [(name, candidate) for name in tree.ids for candidate in rows[name].candidates or []]
         branches = [branch for name in tree.ids for branch in candidate_branches(rows[name], run.text)]
         if pairs:
-            trees.append(Prompt(tree.prefix, branches, pairs, tree.media))
+            trees.append(replace(tree, branches=branches, ids=pairs))
     scores = defaultdict(dict)
     for packed in packed_rows(trees, run):
         mask = common.visible(packed["document"], packed["branch"])
-        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, packed["pixel_values"])
+        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, media=packed)
         pairs = [pair for tree in packed["prompts"] for pair in tree.ids]
         log_probs = common.branch_log_probs(hidden, model.lm_head, packed).tolist()
         for (name, candidate), log_prob in zip(pairs, log_probs, strict=True):
@@ -857,7 +812,7 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     for row in rows:  # every row, answered or not
         answered = found.get(row.id, {"prediction": None})
         scored = common.score_answer(answered["prediction"], row.answer, row.question_type)
-        known = {"id": row.id, "group": row.group, "image": row.image, "question_type": row.question_type}
+        known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
         known |= {"question": row.question, "answer": row.answer, **answered}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
     majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
@@ -870,57 +825,6 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
-
-
-def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(argv)
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    if args.count_params:
-        count_parameters(runtime.model_folder(args.model, weights=False), args)
-        return
-    with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
-        checkpoint = None
-        if args.eval_only or args.merge:
-            checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
-            if checkpoint is None:
-                raise SystemExit(
-                    "no checkpoint to answer with or to merge: give its run with --out, or --resume FOLDER"
-                )
-            runtime.adopt_settings(checkpoint, args)
-
-        # ---- the data is proved before any weights are read ----
-        folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
-        text, processor, faults, pad_line = load_text(folder, args)
-        if args.merge:
-            if faults:
-                raise SystemExit("\n".join(map(str, faults)))
-            if runtime.rank() == 0:
-                with runtime.writing(Path(args.merge)):
-                    write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
-            print(f"wrote {args.merge}")
-            return
-        splits, trees = check_data(Path(args.data), args, text, faults, pad_line)
-        if args.check:
-            print_first_row(next(rows[0] for rows in splits.values() if rows), text)
-            print("check passed")
-            return
-        run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), processor))
-        if args.eval_only:
-            if not splits[args.eval_split]:
-                raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
-            model = load_model(folder, args, text, dtype)
-            common.load_trained(model.llava, checkpoint)
-            runtime.place(model, model.decoder, device, dtype, args.parallel)
-            evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
-        else:
-            train_and_answer(folder, splits, trees, dtype, argv, run)
-
-
 def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:
     args, text = run.args, run.text
     if args.overfit:
@@ -931,6 +835,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     # ---- the plan, and the place to go on from ----
     plan = make_plan(trees["train"], args)
     same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
+    same |= {name: getattr(args, name) for name in OWN_SETTINGS}
     same |= {"dtype": str(dtype), "steps": len(plan), "model": runtime.model_fingerprint(folder)}
     same |= {"rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
     checkpoint = runtime.find_checkpoint(run.folder, args.resume)
@@ -945,9 +850,9 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     torch.manual_seed(args.seed)
     model = load_model(folder, args, text, dtype)
     if checkpoint:
-        common.load_trained(model.llava, checkpoint)
+        common.load_trained(model.vlm, checkpoint)
     runtime.place(model, model.decoder, run.device, dtype, args.parallel)
-    trained = {n: p for n, p in model.llava.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.vlm.named_parameters() if p.requires_grad}
     number, everything = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
     print(f"{run.device.type}, {dtype}; {number:,} parameters trained ({number / everything:.2%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
@@ -961,7 +866,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
         moments = runtime.whole(runtime.optimizer_tensors(optimizer, trained))
 
         def write(target):
-            common.save_trained(model.llava, target, weights)
+            common.save_trained(model.vlm, target, weights)
             save_file(moments, target / "optimizer.safetensors")
 
         runtime.save_checkpoint(run.folder, step, write, {"step": step, "same": same}, args.keep)
@@ -986,6 +891,62 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
         print(f"overfit: loss {loss:.4f} (must be below {args.overfit_loss}), {wrong} answers wrong (must be none)")
         if wrong or not loss < args.overfit_loss:
             raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checking, answering and scoring: the same text in every script (END)
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    if args.count_params:
+        count_parameters(runtime.model_folder(args.model, weights=False), args)
+        return
+    with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
+        checkpoint = None
+        if args.eval_only or args.merge:
+            checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
+            if checkpoint is None:
+                raise SystemExit(
+                    "no checkpoint to answer with or to merge: give its run with --out, or --resume FOLDER"
+                )
+            runtime.adopt_settings(checkpoint, args, OWN_SETTINGS)
+
+        # ---- the data is proved before any weights are read ----
+        folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
+        text, faults = load_text(folder, args)
+        if args.merge:
+            if faults:
+                raise SystemExit("\n".join(map(str, faults)))
+            if runtime.rank() == 0:
+                with runtime.writing(Path(args.merge)):
+                    write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
+            print(f"wrote {args.merge}")
+            return
+        splits, trees = check_data(Path(args.data), args, text, faults)
+        if args.check:
+            print_first_row(next(rows[0] for rows in splits.values() if rows), text)
+            print("check passed")
+            return
+        run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), text))
+        if args.eval_only:
+            if not splits[args.eval_split]:
+                raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
+            model = load_model(folder, args, text, dtype)
+            common.load_trained(model.vlm, checkpoint)
+            runtime.place(model, model.decoder, device, dtype, args.parallel)
+            evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
+        else:
+            train_and_answer(folder, splits, trees, dtype, argv, run)
 
 
 if __name__ == "__main__":

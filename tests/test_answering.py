@@ -25,11 +25,11 @@ def demo(demo_folder):
     args = script.parse_arguments(
         ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
     )
-    text, processor, _, _ = script.load_text(demo_folder / "model", args)
+    text, _ = script.load_text(demo_folder / "model", args)
     rows, _ = script.read_data(demo_folder / "data", args)
     trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
     llava = LlavaForConditionalGeneration.from_pretrained(demo_folder / "model").eval()
-    return script.LlavaMed(llava, torch.float32), partial(script.read_images, demo_folder / "data", processor), trees
+    return script.LlavaMed(llava, torch.float32), partial(script.read_images, demo_folder / "data", text), trees
 
 
 def answers_of(demo, trees, eos, max_tokens=4096, limit=NEW_TOKENS, tries=None) -> dict[str, list[int]]:
@@ -37,10 +37,10 @@ def answers_of(demo, trees, eos, max_tokens=4096, limit=NEW_TOKENS, tries=None) 
     model, read_media, _ = demo
     found = {}
     for row in pack([answering_prompt(t) for t in trees], max_tokens):
-        pixel_values = read_media(row["prompts"])["pixel_values"]
+        read_once = read_media(row["prompts"])
 
-        def read(input_ids, position_ids, mask, cache, pixel_values=pixel_values):
-            images = None if cache.get_seq_length() else pixel_values
+        def read(input_ids, position_ids, mask, cache, media=read_once):
+            images = None if cache.get_seq_length() else media
             with torch.no_grad():
                 return model.hidden(input_ids, position_ids, mask, cache, images)
 
@@ -63,7 +63,7 @@ def generated(demo, trees, eos) -> dict[str, list[int]]:
     found = {}
     for batch in same_length.values():
         names, ids, pixels = zip(*batch, strict=True)
-        output = model.llava.generate(
+        output = model.vlm.generate(
             input_ids=torch.tensor(ids),
             attention_mask=torch.ones(len(ids), len(ids[0]), dtype=torch.long),
             pixel_values=torch.cat(pixels),
@@ -133,7 +133,7 @@ def test_decode_respects_each_branch_s_own_limit(demo):
     (row,) = pack([answering_prompt(trees[0].part(range(3)))], 4096)
 
     def read(input_ids, position_ids, mask, cache):
-        images = None if cache.get_seq_length() else read_media(row["prompts"])["pixel_values"]
+        images = None if cache.get_seq_length() else read_media(row["prompts"])
         return model.hidden(input_ids, position_ids, mask, cache, images)
 
     answers = decode(read, model.lm_head, row, -1, limits=[5, 1, 3])
@@ -263,16 +263,16 @@ def test_branch_log_probs_equal_separate_forward_passes(demo):
     model, read_media, trees = demo
     trees = [tree.part(range(4)) for tree in trees[:3]]
     (row,) = pack(trees, 4096)
-    pixel_values = read_media(row["prompts"])["pixel_values"]
+    media = read_media(row["prompts"])
     with torch.no_grad():
         mask = visible(row["document"], row["branch"])
-        hidden = model.hidden(row["input_ids"], row["position_ids"], mask, None, pixel_values)
+        hidden = model.hidden(row["input_ids"], row["position_ids"], mask, None, media)
         found = branch_log_probs(hidden, model.lm_head, row)
         expected = []
         for prompt in row["prompts"]:
             images = read_media([prompt])["pixel_values"]
             for ids, labels in prompt.branches:
-                logits = model.llava(input_ids=torch.tensor([prompt.prefix + ids]), pixel_values=images).logits[0]
+                logits = model.vlm(input_ids=torch.tensor([prompt.prefix + ids]), pixel_values=images).logits[0]
                 log_probs = logits.log_softmax(-1)[len(prompt.prefix) - 1 :]  # row t predicts the branch's token t
                 expected.append(sum(log_probs[t, ids[t]] for t in range(len(ids)) if labels[t] != IGNORE))
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-4)

@@ -135,23 +135,32 @@ def test_what_is_shared_knows_no_model_and_no_script(path):
     assert not re.search(r"\bif .*model_type\s*==", text)
 
 
-def fenced(path: Path) -> str:
-    """The text between the two fence lines, each of which stands there once."""
-    begin, end = (f"# Training loop: the same text in every script ({word})\n" for word in ("BEGIN", "END"))
+FENCES = ("Training loop", "Checking, answering and scoring")
+
+
+def fenced(path: Path, name: str) -> str:
+    """The text between two fence lines, each of which stands there once."""
+    begin, end = (f"# {name}: the same text in every script ({word})\n" for word in ("BEGIN", "END"))
     text = path.read_text()
     assert (text.count(begin), text.count(end)) == (1, 1)
     assert text.index(begin) < text.index(end)
     return text[text.index(begin) : text.index(end)]
 
 
-def test_the_training_loop_is_the_same_text_in_every_script():
+@pytest.mark.parametrize("name", FENCES)
+def test_what_is_fenced_is_the_same_text_in_every_script(name):
     assert SCRIPTS
-    assert {fenced(path) for path in SCRIPTS} == {fenced(SCRIPTS[0])}
-    assert "optimizer.step()" in fenced(SCRIPTS[0]) and "save(step)" in fenced(SCRIPTS[0])
+    assert {fenced(path, name) for path in SCRIPTS} == {fenced(SCRIPTS[0], name)}
+
+
+def test_the_loop_and_the_scoring_stand_inside_the_fences():
+    loop, rest = (fenced(SCRIPTS[0], name) for name in FENCES)
+    assert "optimizer.step()" in loop and "save(step)" in loop
+    assert "def evaluate(" in rest and "def check_data(" in rest
 
 
 def test_saving_comes_before_evaluating_in_the_loop():
-    loop = fenced(SCRIPTS[0]).partition("for step, rows in enumerate(")[2]
+    loop = fenced(SCRIPTS[0], "Training loop").partition("for step, rows in enumerate(")[2]
     assert loop.index("optimizer.step()") < loop.index("save(step)") < loop.index("val_loss=validate()")
 
 

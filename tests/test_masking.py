@@ -228,16 +228,16 @@ def demo(demo_folder):
     args = script.parse_arguments(
         ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
     )
-    text, image_processor, _, _ = script.load_text(demo_folder / "model", args)
+    text, _ = script.load_text(demo_folder / "model", args)
     rows, _ = script.read_data(demo_folder / "data", args)
-    return demo_folder, text, image_processor, rows
+    return demo_folder, text, rows
 
 
 def test_ids_equal_those_of_transformers_processor(demo):
-    folder, text, image_processor, rows = demo
+    folder, text, rows = demo
     config = LlavaConfig.from_pretrained(folder / "model")
     processor = LlavaProcessor(
-        image_processor,
+        text.processor,
         text.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -265,7 +265,7 @@ def test_no_bos_is_added_where_the_text_has_none(demo):
 
 
 def test_the_checkpoint_s_own_rows_learn_answer_and_eos(demo):
-    _, text, _, rows = demo
+    _, text, rows = demo
     for row in rows:
         _, input_ids, labels = script.encode_row(row, text)
         learned = [label for label in labels if label != IGNORE]

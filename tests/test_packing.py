@@ -259,10 +259,10 @@ def data(demo_folder):
         ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
     )
     args.lora_dropout = 0.0
-    text, processor, _, _ = script.load_text(demo_folder / "model", args)
+    text, _ = script.load_text(demo_folder / "model", args)
     rows, _ = script.read_data(demo_folder / "data", args)
     trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
-    read_media = partial(script.read_images, demo_folder / "data", processor)
+    read_media = partial(script.read_images, demo_folder / "data", text)
     return SimpleNamespace(args=args, folder=demo_folder, trees=trees, read_media=read_media)
 
 
@@ -306,7 +306,7 @@ def separate(model, data, trees):
         pixel_values = data.read_media([prompt])["pixel_values"]
         for input_ids, labels in prompt.branches:
             ids = torch.tensor([prompt.prefix + input_ids])
-            logits = model.llava(input_ids=ids, pixel_values=pixel_values).logits[0]
+            logits = model.vlm(input_ids=ids, pixel_values=pixel_values).logits[0]
             for t in range(ids.shape[1]):
                 if t >= len(prompt.prefix) and labels[t - len(prompt.prefix)] != IGNORE:
                     total = total - logits[t - 1].log_softmax(-1)[ids[0, t]]
@@ -323,7 +323,7 @@ def difference(found: dict, expected: dict) -> float:
 def test_full_tuning_compares_every_parameter_that_the_features_come_from(data, full):
     found = packed(full, data, data.trees[:1])
     without = [name for name, _ in full.named_parameters() if name not in found]
-    unused = ("llava.model.vision_tower.encoder.layers.2.", "llava.model.vision_tower.post_layernorm.")
+    unused = ("vlm.model.vision_tower.encoder.layers.2.", "vlm.model.vision_tower.post_layernorm.")
     assert all(name.startswith(unused) for name in without)  # features are read before the last layer
 
 
