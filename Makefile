@@ -1,4 +1,4 @@
-# make demo   writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med)
+# make demo   writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med, or qwen2vl_sentinel)
 # make test   ruff, then the tests
 # Both set up .venv with the pinned versions first; when nothing has changed, that takes no time.
 
@@ -6,6 +6,7 @@ PYTHON ?= python3
 SCRIPT ?= llava_med
 DEMO = runs/demo/$(SCRIPT)
 llava_med_flags = --tune full --lr 1e-3 --epochs 8 --pack-tokens 512 --eval-every 400
+qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 6 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1

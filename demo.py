@@ -1,6 +1,7 @@
 """Writes a tiny checkpoint and a small data set, in the real on-disk formats, to try a script on a laptop.
 
     python demo.py llava_med                       # -> runs/demo/llava_med/model and .../data
+    python demo.py qwen2vl_sentinel                # -> runs/demo/qwen2vl_sentinel/model and .../data
     python demo.py llava_med --out runs/demo/other --images 300 --seed 1
 
 The language model is random and knows nothing; the vision tower has learned to see, as a pretrained one has. The
@@ -9,6 +10,7 @@ does not. Same seed, same versions: same bytes.
 """
 
 import argparse
+import copy
 import json
 import math
 import string
@@ -17,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 # ----------------------------------------------------------------------------------------------------------
 # Sizes
@@ -28,9 +31,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 # The usual 0.02 is meant for widths in the thousands; here it would mute every layer.
 INITIALIZER_RANGE = 0.1
-# 3 special + 256 bytes + 95 characters + 246 merges. <image> is ID 600, past them, as Mistral's is 32000.
-VOCABULARY = 600
-TEXT = {
+TEXT = {  # the language model, of both
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -39,16 +40,27 @@ TEXT = {
     "max_position_embeddings": 4096,
     "sliding_window": None,
 }
-VISION = {
+CLIP = {
     "hidden_size": 96,
     "num_hidden_layers": 3,  # features are read after the second last, as in every LLaVA
     "num_attention_heads": 4,
     "intermediate_size": 256,
     "image_size": 72,
-    "patch_size": 9,  # (72 / 9)^2 = 64 image tokens
+    "patch_size": 9,  # 72 / 9 = GRID
+}
+QWEN2VL_VISION = {
+    "depth": 3,
+    "embed_dim": 64,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "patch_size": 14,
+    "spatial_merge_size": 2,  # 224 / (14 * 2) = GRID
+    "temporal_patch_size": 2,
 }
 
 FRAME = 224  # width and height of a drawn frame, in pixels
+GRID = 8  # image tokens along each side of it: 64 in all
+BAR = FRAME // GRID  # of a wide frame, black on the left and on the right: one column of tokens each
 RADIUS = 104  # of the endoscope's round field of view
 TEXT_BLOCK, GREEN_BOX = (0, 0, 80, 44), (4, 184, 40, 220)  # left, top, right, bottom
 
@@ -103,6 +115,7 @@ def random_patient(rng, number):
         "procedure": procedure,
         "mucosa": (np.array(MUCOSA[procedure]) + rng.uniform(-8, 8, 3)).tolist(),
         "code": f"ID {rng.integers(1000, 9999)}",
+        "wide": number % 3 == 2,  # what its recorder would save: see recorded_frame
     }
 
 
@@ -251,8 +264,14 @@ def draw_frame(scene):
     return image
 
 
+def recorded_frame(scene):
+    """The frame as its recorder saves it: a third of the patients have wide ones, with black bars at both sides."""
+    frame = draw_frame(scene)
+    return ImageOps.expand(frame, (BAR, 0)) if scene["wide"] else frame
+
+
 # ----------------------------------------------------------------------------------------------------------
-# llava_med: questions about single frames, worded after Kvasir-VQA
+# Questions about single frames, worded after Kvasir-VQA
 # ----------------------------------------------------------------------------------------------------------
 
 QUESTIONS = {
@@ -323,8 +342,11 @@ def question_rows(rng, scene, index):
     return rows
 
 
-def write_llava_med_data(folder, images, seed):
-    """Patients have one to five images, all in the same split."""
+def write_questions(folder, images, seed, draw, rows_of):
+    """Patients have one to five images, all in the same split. The scenes and questions depend on the seed alone.
+
+    draw(scene) gives the image, rows_of(rng, scene, index) its rows in the columns of the data set imitated.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, 0])
     index = patients = 0
@@ -335,16 +357,147 @@ def write_llava_med_data(folder, images, seed):
             patients += 1
             for _ in range(min(end - index, rng.integers(1, 6))):
                 scene = random_scene(rng, patient)
-                draw_frame(scene).save(folder / "images" / f"{index:05d}.jpg", quality=90)
-                rows += question_rows(rng, scene, index)
+                draw(scene).save(folder / "images" / f"{index:05d}.jpg", quality=90)
+                rows += rows_of(rng, scene, index)
                 index += 1
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{folder / split}.jsonl: {len(rows)} questions")
 
 
+def texts_asked_and_answered():
+    """What the tokenizers learn their word pieces from."""
+    texts = [wording for _, wordings in QUESTIONS.values() for wording in wordings]
+    texts += [*COLORS, *SIZES, *SIZE_WORDS.values(), *PLACES, *SIDES, *MUCOSA, "yes", "no", "none"]
+    return [*texts, "a large pink polyp", "several red polyps", "normal mucosa", "biopsy forceps and snare"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Vision towers that have learned to see
+# ----------------------------------------------------------------------------------------------------------
+
+# What a patch shows, largest part first come: the words that a tower learns before a language model sees it.
+SHOWN = ["mucosa", "fold", *(f"{c} {s}" for c in COLORS for s in SIZES), "biopsy forceps", "snare", "text", "box"]
+
+
+def patch_labels(scene, grid):
+    """What each of the grid x grid patches shows, as an index into SHOWN: whatever covers a tenth of it and most."""
+    layer = Image.new("L", (FRAME, FRAME))  # 0 is mucosa
+    draw = ImageDraw.Draw(layer)
+    for fold in scene["folds"]:
+        (x, y), radius, angle = scene["center"], fold["radius"], math.degrees(fold["angle"])
+        draw.arc([x - radius, y - radius, x + radius, y + radius], angle - 70, angle + 70, SHOWN.index("fold"), 8)
+    for polyp in scene["polyps"]:
+        draw.circle((polyp["x"], polyp["y"]), polyp["radius"], SHOWN.index(f"{polyp['color']} {polyp['size']}"))
+    for instrument in scene["instruments"]:
+        cos, sin = math.cos(math.radians(instrument["angle"])), math.sin(math.radians(instrument["angle"]))
+        ends = [(FRAME / 2 + d * cos, FRAME / 2 + d * sin) for d in (instrument["tip"] - 20, RADIUS)]
+        draw.line(ends, SHOWN.index(instrument["kind"]), 18)
+    if scene["text"]:
+        draw.rectangle(TEXT_BLOCK, SHOWN.index("text"))
+    if scene["box"]:
+        draw.rectangle(GREEN_BOX, SHOWN.index("box"))
+    side = FRAME // grid
+    blocks = np.asarray(layer).reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid**2, side**2)
+    counts = np.stack([(blocks == i).sum(1) for i in range(len(SHOWN))], axis=1)  # (patches, things)
+    counts[:, 0] = side**2 // 10
+    return counts.argmax(1)
+
+
+def image_labels(scene, image):
+    """(2, cells): what each cell of the image shows and where it lies in the frame; a bar's cells lie nowhere in it."""
+    bars = (0, 0), ((image.width - FRAME) // (2 * BAR),) * 2
+    shown = np.pad(patch_labels(scene, GRID).reshape(GRID, GRID), bars)  # black is taken for mucosa, as in corners
+    place = np.pad(np.arange(GRID**2).reshape(GRID, GRID), bars, constant_values=-100)  # -100: nothing to learn
+    return torch.from_numpy(np.stack([shown.flatten(), place.flatten()]))
+
+
+def clip_processor():
+    side = CLIP["image_size"]
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def clip_features(tower, pixel_values):
+    """What a LLaVA reads: the patches of the second last layer, without the class token."""
+    return tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+
+
+def qwen2vl_processor():
+    return Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 16384)  # as Qwen2-VL-2B-Instruct's
+
+
+def qwen2vl_features(tower, pixel_values, image_grid_thw):
+    """What a Qwen2-VL reads: the merger's output, of the images one behind the other."""
+    return tower(pixel_values, grid_thw=image_grid_thw).pooler_output
+
+
+# How each kind of tower is taught. Qwen2-VL reads four times as many patches, so it sees fewer frames.
+LESSONS = {
+    "clip_vision_model": {
+        "draw": draw_frame,
+        "processor": clip_processor,
+        "features": clip_features,
+        "steps": 300,
+        "batch": 32,
+        "rate": 2e-3,
+    },
+    "qwen2_vl_vision": {
+        "draw": recorded_frame,
+        "processor": qwen2vl_processor,
+        "features": qwen2vl_features,
+        "steps": 400,
+        "batch": 8,
+        "rate": 6e-3,
+    },
+}
+
+
+def pretrain_tower(tower, seed, frames=800):
+    """Teach the vision tower what each patch shows and where it is, on frames that the data set does not hold.
+
+    A real one starts from a tower that has seen hundreds of millions of images. From a random one, some thousand
+    questions are too few to find a polyp with. The language model stays random: it knows neither words nor answers.
+    """
+    lesson = LESSONS[tower.config.model_type]
+    steps, batch, features = lesson["steps"], lesson["batch"], lesson["features"]
+    rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
+    scenes = [random_scene(rng, random_patient(rng, number)) for number in range(frames)]
+    images = [lesson["draw"](scene) for scene in scenes]
+    labels = [image_labels(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    processor = lesson["processor"]()
+    inputs = [processor(image, return_tensors="pt") for image in images]
+
+    shown, _ = torch.cat(labels, dim=1)
+    weight = (len(shown) / torch.bincount(shown, minlength=len(SHOWN)).clamp(min=1)).sqrt()
+    head = torch.nn.Linear(features(tower, **inputs[0]).shape[1], len(SHOWN) + GRID**2)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()])
+    named = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lesson["rate"] * min(1, (step + 1) / 20) * (1 - step / steps)
+        chosen = rng.choice(frames, batch, replace=False)
+        together = {name: torch.cat([inputs[i][name] for i in chosen]) for name in inputs[0]}
+        logits = head(features(tower, **together))
+        shown_logits, place_logits = logits.split([len(SHOWN), GRID**2], dim=1)
+        shown, place = torch.cat([labels[i] for i in chosen], dim=1)
+        loss = cross_entropy(shown_logits, shown, weight=weight) + cross_entropy(place_logits, place)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        named.append((shown_logits.argmax(1) == shown).float().mean())
+    right = torch.stack(named[-20:]).mean()
+    print(f"vision tower: {right:.1%} of the last patches named, after {steps} steps on {frames} frames of its own")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# llava_med: a LLaVA as converted from LLaVA-Med v1.5 Mistral
+# ----------------------------------------------------------------------------------------------------------
+
+# 3 special + 256 bytes + 95 characters + 246 merges. <image> is ID 600, past them, as Mistral's is 32000.
+VOCABULARY = 600
+
 # Mistral's instruction format, as LLaVA-NeXT-Mistral renders it: the system text and the images come first in
 # the user turn. <s> is missing on purpose: the tokenizer adds it.
-CHAT_TEMPLATE = """\
+MISTRAL_CHAT_TEMPLATE = """\
 {%- set ns = namespace(system="") -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}
@@ -397,84 +550,16 @@ def build_mistral_tokenizer(texts):
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=MISTRAL_CHAT_TEMPLATE,
     )
 
 
-# What a patch shows, largest part first come: the words that the tower learns before LLaVA sees it.
-SHOWN = ["mucosa", "fold", *(f"{c} {s}" for c in COLORS for s in SIZES), "biopsy forceps", "snare", "text", "box"]
-
-
-def patch_labels(scene, grid):
-    """What each of the grid x grid patches shows, as an index into SHOWN: whatever covers a tenth of it and most."""
-    layer = Image.new("L", (FRAME, FRAME))  # 0 is mucosa
-    draw = ImageDraw.Draw(layer)
-    for fold in scene["folds"]:
-        (x, y), radius, angle = scene["center"], fold["radius"], math.degrees(fold["angle"])
-        draw.arc([x - radius, y - radius, x + radius, y + radius], angle - 70, angle + 70, SHOWN.index("fold"), 8)
-    for polyp in scene["polyps"]:
-        draw.circle((polyp["x"], polyp["y"]), polyp["radius"], SHOWN.index(f"{polyp['color']} {polyp['size']}"))
-    for instrument in scene["instruments"]:
-        cos, sin = math.cos(math.radians(instrument["angle"])), math.sin(math.radians(instrument["angle"]))
-        ends = [(FRAME / 2 + d * cos, FRAME / 2 + d * sin) for d in (instrument["tip"] - 20, RADIUS)]
-        draw.line(ends, SHOWN.index(instrument["kind"]), 18)
-    if scene["text"]:
-        draw.rectangle(TEXT_BLOCK, SHOWN.index("text"))
-    if scene["box"]:
-        draw.rectangle(GREEN_BOX, SHOWN.index("box"))
-    side = FRAME // grid
-    blocks = np.asarray(layer).reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid**2, side**2)
-    counts = np.stack([(blocks == i).sum(1) for i in range(len(SHOWN))], axis=1)  # (patches, things)
-    counts[:, 0] = side**2 // 10
-    return counts.argmax(1)
-
-
-def pretrain_tower(tower, seed, frames=800, steps=300, batch=32):
-    """Teach the vision tower what each patch shows and where it is, on frames that the data set does not hold.
-
-    A real LLaVA starts from a CLIP that has seen 400 million images. From a random tower, some thousand questions
-    are too few to find a polyp with. The language model stays random: it knows neither words nor answers.
-    """
-    grid = VISION["image_size"] // VISION["patch_size"]
-    rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
-    scenes = [random_scene(rng, random_patient(rng, number)) for number in range(frames)]
-    labels = torch.from_numpy(np.stack([patch_labels(scene, grid) for scene in scenes]))  # (frames, patches)
-    processor = image_processor()
-    pixels = processor([draw_frame(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
-
-    weight = (labels.numel() / torch.bincount(labels.flatten(), minlength=len(SHOWN)).clamp(min=1)).sqrt()
-    where = torch.arange(grid**2).repeat(batch)
-    head = torch.nn.Linear(VISION["hidden_size"], len(SHOWN) + grid**2)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()])
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        chosen = torch.from_numpy(rng.choice(frames, batch, replace=False))
-        states = tower(pixels[chosen], output_hidden_states=True).hidden_states
-        logits = head(states[-2][:, 1:].flatten(0, 1))  # of the layer and patches that LLaVA reads
-        shown, place = logits.split([len(SHOWN), grid**2], dim=1)
-        loss = cross_entropy(shown, labels[chosen].flatten(), weight=weight) + cross_entropy(place, where)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    right = (shown.argmax(1) == labels[chosen].flatten()).float().mean()
-    print(f"vision tower: {right:.1%} of the last patches named, after {steps} steps on {frames} frames of its own")
-
-
-def image_processor():
-    side = VISION["image_size"]
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-
-
 def write_llava_med_model(folder, seed):
-    """A LLaVA checkpoint as converted from LLaVA-Med v1.5 Mistral: all files that a real one has."""
-    texts = [wording for _, wordings in QUESTIONS.values() for wording in wordings]
-    texts += [*COLORS, *SIZES, *SIZE_WORDS.values(), *PLACES, *SIDES, *MUCOSA, "yes", "no", "none"]
-    texts += ["a large pink polyp", "several red polyps", "normal mucosa", "biopsy forceps and snare"]
-    tokenizer = build_mistral_tokenizer([*texts, "[INST] [/INST]"])
+    """A LLaVA checkpoint: all files that a real one has."""
+    tokenizer = build_mistral_tokenizer([*texts_asked_and_answered(), "[INST] [/INST]"])
     tokenizer.save_pretrained(folder)
 
-    image_processor().save_pretrained(folder)
+    clip_processor().save_pretrained(folder)
 
     # The image token is the first ID past the tokenizer's end. The embedding is padded to a multiple of 64
     # beyond it (32000 pieces -> 32064 rows), with room for two more tokens, such as a pad token.
@@ -482,9 +567,9 @@ def write_llava_med_model(folder, seed):
     rows = math.ceil((image_token + 3) / 64) * 64
     config = transformers.LlavaConfig(
         text_config=transformers.MistralConfig(**TEXT, vocab_size=rows, initializer_range=INITIALIZER_RANGE),
-        vision_config=transformers.CLIPVisionConfig(**VISION, initializer_range=INITIALIZER_RANGE),
+        vision_config=transformers.CLIPVisionConfig(**CLIP, initializer_range=INITIALIZER_RANGE),
         image_token_index=image_token,
-        image_seq_length=(VISION["image_size"] // VISION["patch_size"]) ** 2,
+        image_seq_length=GRID**2,
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
         tie_word_embeddings=False,
@@ -496,30 +581,178 @@ def write_llava_med_model(folder, seed):
     print(f"{folder}: LLaVA, {model.num_parameters():,} parameters, {len(tokenizer)} word pieces")
 
 
+def write_llava_med_data(folder, images, seed):
+    write_questions(folder, images, seed, draw_frame, question_rows)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# qwen2vl_sentinel: a Qwen2-VL as Qwen2-VL-2B-Instruct, and Kvasir-VQA in the columns that its recipe reads
+# ----------------------------------------------------------------------------------------------------------
+
+# Right behind the BPE vocabulary, in this order, as 151643 to 151656.
+QWEN2VL_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN2VL_SPECIAL += [f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
+QWEN2VL_SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+
+# The real vocabulary has learned them from markup and code. Because of them, <ANS>Pink</ANS> has no piece
+# that says where the answer begins: <, ANS, >P, ink, </, ANS, >.
+MARKUP_MERGES = [*((">", letter) for letter in string.ascii_letters), (">", "("), ("<", "/"), ("]", "</")]
+MARKUP_MERGES += [("N", "S"), ("A", "NS")]
+
+# Qwen2-VL's, over several lines. add_vision_id and add_generation_prompt are arguments of apply_chat_template.
+QWEN2VL_CHAT_TEMPLATE = """\
+{%- set count = namespace(images=0, videos=0) -%}
+{%- for message in messages -%}
+{%- if loop.first and message.role != "system" -%}
+{{- "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n" -}}
+{%- endif -%}
+{{- "<|im_start|>" + message.role + "\\n" -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "image" or "image" in part or "image_url" in part -%}
+{%- set count.images = count.images + 1 -%}
+{{- "Picture " ~ count.images ~ ": " if add_vision_id else "" -}}
+{{- "<|vision_start|><|image_pad|><|vision_end|>" -}}
+{%- elif part.type == "video" or "video" in part -%}
+{%- set count.videos = count.videos + 1 -%}
+{{- "Video " ~ count.videos ~ ": " if add_vision_id else "" -}}
+{{- "<|vision_start|><|video_pad|><|vision_end|>" -}}
+{%- elif "text" in part -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- "<|im_end|>\\n" -}}
+{%- endfor -%}
+{{- "<|im_start|>assistant\\n" if add_generation_prompt else "" -}}
+"""
+
+
+def build_qwen2_tokenizer(texts):
+    """Like Qwen2's: byte-level BPE, split by its regular expression, with PAD <|endoftext|>, EOS <|im_end|>, no BOS."""
+    trainee = Tokenizer(models.BPE())
+    trainee.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes
+    trainee.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    learnt = json.loads(trainee.to_str())["model"]
+
+    markup = [first + second for first, second in MARKUP_MERGES]
+    pieces = dict.fromkeys([*list(learnt["vocab"])[:256], *markup, *list(learnt["vocab"])[256:]])
+    merges = dict.fromkeys([*MARKUP_MERGES, *map(tuple, learnt["merges"])])
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=list(merges),
+        unk_token=None,
+        add_prefix_space=False,
+        padding_side="left",
+        model_max_length=TEXT["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+        chat_template=QWEN2VL_CHAT_TEMPLATE,
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": QWEN2VL_SPECIAL})
+    tokenizer.eos_token = "<|im_end|>"  # only now, because the constructor gives EOS the first ID
+    return tokenizer
+
+
+def write_qwen2vl_sentinel_model(folder, seed):
+    """A Qwen2-VL checkpoint: all files that a script reads of a real one, config.json flat as in the real one."""
+    # What stands around questions: the real one has pieces for these words, as for all common ones.
+    prompts = ["You are a helpful assistant.", "system\nuser\nassistant", *(kind for kind, _ in QUESTIONS.values())]
+    prompts += ["Question type: \nQuestion:", "Answer the question about the medical image with the answer alone."]
+    tokenizer = build_qwen2_tokenizer([*texts_asked_and_answered(), *prompts])
+    tokenizer.save_pretrained(folder)
+
+    qwen2vl_processor().save_pretrained(folder)
+
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    config = {
+        **TEXT,
+        "vocab_size": math.ceil((len(tokenizer) + 3) / 64) * 64,
+        "initializer_range": INITIALIZER_RANGE,
+        # of the 16 frequencies of a head, how many turn with time, height and width: 16, 24, 24 in the real one
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": pad,  # never used: the tokenizer has no BOS
+        "eos_token_id": eos,
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in tokens.items()},
+        "vision_config": {
+            **QWEN2VL_VISION,
+            "hidden_size": TEXT["hidden_size"],
+            "initializer_range": INITIALIZER_RANGE,
+        },
+    }
+    torch.manual_seed(seed)
+    model = transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(**copy.deepcopy(config)))
+    # A real one samples unless told otherwise, and ends at either of two tokens.
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=pad,
+        pad_token_id=pad,
+        eos_token_id=[eos, pad],
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.001,
+    )
+    pretrain_tower(model.model.visual, seed)
+    model.save_pretrained(folder)
+    named = {"architectures": [type(model).__name__], "model_type": "qwen2_vl", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(named | config, indent=2) + "\n")
+    print(f"{folder}: Qwen2-VL, {model.num_parameters():,} parameters, {len(tokenizer)} word pieces")
+
+
+def kvasir_rows(rng, scene, index):
+    """The same questions in Kvasir-VQA's columns. Every other row is enriched: it states its type."""
+    rows = []
+    for number, row in enumerate(question_rows(rng, scene, index)):
+        kept = {key: row[key] for key in ("question", "answer", "group")}
+        rows.append({"image_id": f"{index:05d}", "image_filename": f"{index:05d}.jpg", **kept})
+        if (index + number) % 2:
+            rows[-1]["question_type"] = row["question_type"]
+    return rows
+
+
+def write_qwen2vl_sentinel_data(folder, images, seed):
+    write_questions(folder, images, seed, recorded_frame, kvasir_rows)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------
 
-
-def llava_med(args):
-    if args.images < 20:
-        raise SystemExit(f"--images {args.images}: at least 20, so that each split holds some patients")
-    write_llava_med_model(args.out / "model", args.seed)
-    write_llava_med_data(args.out / "data", args.images, args.seed)
+COMMANDS = {
+    "llava_med": (
+        "a tiny LLaVA and endoscopy frames with questions",
+        write_llava_med_model,
+        write_llava_med_data,
+    ),
+    "qwen2vl_sentinel": (
+        "a tiny Qwen2-VL and the same frames and questions as in Kvasir-VQA's files, a third of them wide",
+        write_qwen2vl_sentinel_model,
+        write_qwen2vl_sentinel_data,
+    ),
+}
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("llava_med", help="a tiny LLaVA and endoscopy frames with questions")
-    command.add_argument("--out", type=Path, default=Path("runs/demo/llava_med"))
-    command.add_argument("--images", type=int, default=1500)
-    command.add_argument("--seed", type=int, default=0)
-    command.set_defaults(run=llava_med)
+    for name, (text, _, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--out", type=Path, default=Path(f"runs/demo/{name}"))
+        command.add_argument("--images", type=int, default=1500)
+        command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.images < 20:
+        raise SystemExit(f"--images {args.images}: at least 20, so that each split holds some patients")
     transformers.logging.disable_progress_bar()
-    args.run(args)
+    _, write_model, write_data = COMMANDS[args.command]
+    write_model(args.out / "model", args.seed)
+    write_data(args.out / "data", args.images, args.seed)
 
 
 if __name__ == "__main__":

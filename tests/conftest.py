@@ -15,12 +15,20 @@ torch.set_num_threads(1)  # tiny models; two test processes at a time use the se
 transformers.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory):
+def demo_of(name: str, folder):
     """`model`, whose tower is left random to save its training, and `data` of 60 images. Tests must not write here."""
-    folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "pretrain_tower", lambda tower, seed: None)
-        demo.write_llava_med_model(folder / "model", seed=0)
-    demo.write_llava_med_data(folder / "data", images=60, seed=0)
+        getattr(demo, f"write_{name}_model")(folder / "model", seed=0)
+    getattr(demo, f"write_{name}_data")(folder / "data", images=60, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    return demo_of("llava_med", tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory):
+    return demo_of("qwen2vl_sentinel", tmp_path_factory.mktemp("qwen"))

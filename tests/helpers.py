@@ -5,26 +5,27 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train_llava_med
 
 
-def run(folder: Path, out: Path, *flags) -> None:
-    """train_llava_med on folder/model and folder/data; the signal handlers of this process are put back."""
+def run(folder: Path, out: Path, *flags, script=train_llava_med) -> None:
+    """The script on folder/model and folder/data; the signal handlers of this process are put back."""
     argv = ["--model", folder / "model", "--data", folder / "data", "--out", out, *flags]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        train_llava_med.main([str(a) for a in argv])
+        script.main([str(a) for a in argv])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def refused(folder: Path, out: Path, *flags) -> str:
+def refused(folder: Path, out: Path, *flags, script=train_llava_med) -> str:
     """The last words of a run that must end with exit code 1: SystemExit with a message."""
     with pytest.raises(SystemExit) as caught:
-        run(folder, out, *flags)
+        run(folder, out, *flags, script=script)
     assert isinstance(caught.value.code, str), f"exit code {caught.value.code!r} without a message"
     return caught.value.code
 
@@ -44,13 +45,28 @@ def metrics_of(out: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
 
 
-def stop_in(monkeypatch, step: int) -> None:
+def stop_in(monkeypatch, step: int, script=train_llava_med) -> None:
     """A SIGTERM in the middle of `step`, received by the script's own handler."""
-    rate = train_llava_med.learning_rate
+    rate = script.learning_rate
 
     def signalled(at, *rest):
         if at == step:
             signal.raise_signal(signal.SIGTERM)
         return rate(at, *rest)
 
-    monkeypatch.setattr(train_llava_med, "learning_rate", signalled)
+    monkeypatch.setattr(script, "learning_rate", signalled)
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    """The loss and the gradient of every trained parameter that has one."""
+    model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def difference(found: dict, expected: dict) -> float:
+    """The largest relative difference of the loss and of any parameter's gradient."""
+    assert found.keys() == expected.keys()
+    # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=0.1)) for n in expected)

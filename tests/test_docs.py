@@ -19,7 +19,7 @@ DOCUMENTS = [path for path in [*DOCUMENTS, *sorted((ROOT / "slurm").glob("*"))] 
 
 # a word that a command line begins with; flags after any other than our scripts are not ours to check
 COMMAND = r"(?P<script>\w+\.py|train_\$\(\w+\)\.py|\b\w+_flags(?= =))|(?P<other>\b(?:pip|ruff|pytest|sbatch|srun|"
-COMMAND += r"scontrol|torchrun|git|make|docker|rm|mkdir|nvidia-smi|apptainer|curl|hf|huggingface-cli)\b|#SBATCH)"
+COMMAND += r"scontrol|torchrun|git|make|docker|rm|mkdir|nvidia-smi|apptainer|curl|hf|huggingface-cli|SBATCH)\b)"
 FLAG = r"(?<![\w-])(?P<flag>--[a-z][a-z0-9-]*)"
 
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlavaForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from helpers import difference, gradients
+from transformers import LlavaForConditionalGeneration
 
 import common
 import train_llava_med as script
@@ -286,14 +287,6 @@ def full(data):
     return load(data, "full")
 
 
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    """The loss and the gradient of every trained parameter that has one."""
-    model.zero_grad()
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
-
-
 def packed(model, data, trees, max_tokens=4096):
     rows = [{**row, **data.read_media(row["prompts"])} for row in pack(trees, max_tokens)]
     return gradients(model, sum(model(row)[0] for row in rows))
@@ -311,13 +304,6 @@ def separate(model, data, trees):
                 if t >= len(prompt.prefix) and labels[t - len(prompt.prefix)] != IGNORE:
                     total = total - logits[t - 1].log_softmax(-1)[ids[0, t]]
     return gradients(model, total)
-
-
-def difference(found: dict, expected: dict) -> float:
-    """The largest relative difference of the loss and of any parameter's gradient."""
-    assert found.keys() == expected.keys()
-    # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
-    return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=0.1)) for n in expected)
 
 
 def test_full_tuning_compares_every_parameter_that_the_features_come_from(data, full):
@@ -441,74 +427,3 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
     right = torch.cat([once[name].flatten() for name in once if name != "loss"])
     wrong = torch.cat([mean_of_means[name].flatten() for name in mean_of_means if name != "loss"])
     assert (wrong - right).norm() / right.norm() > 0.1
-
-
-# --- M-RoPE ----------------------------------------------------------------------------------------------------
-
-
-def test_mrope_trees_equal_separate_rows_of_qwen2_vl():
-    image, start, end = 60, 58, 59
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.3,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-        },
-        vision_config={
-            "depth": 1,
-            "embed_dim": 16,
-            "num_heads": 2,
-            "hidden_size": 32,
-            "patch_size": 4,
-            "initializer_range": 0.3,
-        },
-        image_token_id=image,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-    )
-    torch.manual_seed(0)
-    qwen = Qwen2VLForConditionalGeneration(config)
-    trees = []
-    for name, (height, width) in {"wide": (4, 8), "high": (6, 4)}.items():  # patches; 2 x 2 of them make a token
-        grid = torch.tensor([[1, height, width]])
-        prefix = [5, 6, start, *[image] * (height * width // 4), end, 7]
-        positions, _ = qwen.model.get_rope_index(
-            torch.tensor([prefix]), mm_token_type_ids=(torch.tensor([prefix]) == image).int(), image_grid_thw=grid
-        )
-        branches = [([8 + i, 9, 10, 11 + i], [IGNORE, IGNORE, 10, 11 + i]) for i in range(3)]
-        media = {"pixel_values": torch.randn(height * width, 3 * 2 * 4 * 4), "image_grid_thw": grid}
-        trees.append(Prompt(prefix, branches, [f"{name}{i}" for i in range(3)], media, positions[:, 0]))
-
-    total = 0
-    for prompt in trees:
-        for input_ids, _ in prompt.branches:
-            ids = torch.tensor([prompt.prefix + input_ids])
-            logits = qwen(input_ids=ids, mm_token_type_ids=(ids == image).int(), **prompt.media).logits[0]
-            total = total + F.cross_entropy(logits[-3:-1], ids[0, -2:], reduction="sum")
-    expected = gradients(qwen, total)
-
-    def in_one_row(positions=None):
-        (row,) = pack(trees, max_tokens=200)
-        media = [prompt.media for prompt in row["prompts"]]
-        pixels, grids = (torch.cat([m[key] for m in media]) for key in ("pixel_values", "image_grid_thw"))
-        features = torch.cat(qwen.model.get_image_features(pixels, grids).pooler_output)
-        places = (row["input_ids"] == image).unsqueeze(-1)
-        embeds = qwen.get_input_embeddings()(row["input_ids"]).masked_scatter(places, features)
-        hidden = qwen.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=visible(row["document"], row["branch"]),
-            position_ids=row["position_ids"] if positions is None else positions(row),
-        ).last_hidden_state
-        return gradients(qwen, supervised_loss(hidden, qwen.lm_head, row["labels"])[0])
-
-    assert difference(in_one_row(), expected) < 1e-5
-
-    for prompt in trees:
-        prompt.prefix_positions = None  # 1-D positions, as for a model without M-RoPE
-    assert difference(in_one_row(lambda row: row["position_ids"].expand(3, 1, -1)), expected) > 1e-3

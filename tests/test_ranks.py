@@ -15,18 +15,20 @@ from helpers import metrics_of, read_lines, read_tensors, run, stop_in
 
 import runtime
 import train_llava_med
+import train_qwen2vl_sentinel
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
 FLAGS += ["--pack-tokens", 256, "--save-every", 2, "--keep", 100, "--eval-every", 3, "--max-answer-tokens", 4]
 
 
-def start(argv, ranks: int = 2, before: str = "") -> list[subprocess.Popen]:
+def start(argv, ranks: int = 2, before: str = "", script=train_llava_med) -> list[subprocess.Popen]:
     """One process a rank, as srun starts them; `before` is Python that runs first, with `rank` at hand."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import os, sys; rank = int(os.environ['RANK'])\n{before}\nimport train_llava_med\ntrain_llava_med.main()"
+    code = f"import os, sys; rank = int(os.environ['RANK'])\n{before}\n"
+    code += f"import {script.__name__}\n{script.__name__}.main()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
     return [
@@ -95,6 +97,14 @@ def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel)
     assert names == {path.name for path in one.iterdir()}  # nothing of a second rank, no lock
     ids = [line["id"] for line in read_lines(out / "predictions.jsonl")]
     assert len(ids) == len(set(ids)) == json.loads((out / "results.json").read_text())["all"]["n"]
+
+
+@pytest.mark.parametrize("flags", [["--tune", "full", "--parallel", "fsdp"], ["--lora-vision"]], ids=" ".join)
+def test_two_ranks_with_images_of_different_sizes_train_as_one(qwen_folder, tmp_path, flags):
+    codes, texts = ended(start(arguments(qwen_folder, tmp_path / "two", *flags), script=train_qwen2vl_sentinel))
+    assert codes == [0, 0], texts
+    run(qwen_folder, tmp_path / "one", *FLAGS, *flags, script=train_qwen2vl_sentinel)
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 def test_two_ranks_of_torchrun_train_as_one(demo_folder, one, tmp_path):

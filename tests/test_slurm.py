@@ -180,6 +180,7 @@ def test_every_rank_knows_its_place_and_gets_the_arguments_as_they_are(slurm, st
     """Four ranks on two nodes; the script in a folder whose name would be cut in two at its blank."""
     (tmp_path / "my repo/slurm").mkdir(parents=True)
     (tmp_path / "my repo/train_llava_med.py").touch()
+    shutil.copy(ROOT / "slurm/job.sh", tmp_path / "my repo/slurm")
     script = Path(shutil.copy(SCRIPT, tmp_path / "my repo/slurm"))
     tell = stub(
         'place="$RANK:$LOCAL_RANK:$WORLD_SIZE:$MASTER_ADDR:$MASTER_PORT $(hostname)"\n'
@@ -321,6 +322,37 @@ def test_a_chained_job_runs_only_after_one_that_succeeded(slurm, stub, tmp_path)
     assert slurm.ended(never)["JobState"] == "CANCELLED"
     assert "unrecognized arguments: --no-such-flag" in log_of(tmp_path, bad)
     assert not (tmp_path / f"logs/llava_med_{never}.out").exists()
+
+
+@needs_slurm
+def test_the_qwen2vl_pipeline_ends_with_the_table_of_the_test_split(slurm, qwen_folder, tmp_path):
+    """Check, overfit, train, evaluate: four jobs, each after the one before it."""
+    flags = ["--tune", "full", "--lr", "3e-3", "--limit", "8", "--questions-per-step", "8", "--overfit-steps", "60"]
+    flags += ["--max-steps", "3", "--dtype", "fp32", "--device", "cpu", "--max-answer-tokens", "16"]
+    environment = {"MODEL": qwen_folder / "model", "DATA": qwen_folder / "data", "OUT": "run", "OVERFIT": "2"}
+    environment["SBATCH"] = " ".join(ONE_CORE)
+    said = slurm.call("bash", ROOT / "slurm/qwen2vl_pipeline.sh", *flags, cwd=tmp_path, **environment)
+    jobs = dict(re.findall(r"(\w+) (\d+)\b", said.split("\n")[0]))
+    assert list(jobs) == ["check", "overfit", "train", "evaluate"]
+    ended = {name: slurm.ended(job) for name, job in jobs.items()}
+    logs = {name: (tmp_path / f"logs/qwen2vl_{name}_{job}.out").read_text() for name, job in jobs.items()}
+    for before, after in zip(jobs, list(jobs)[1:], strict=False):
+        assert outcome(ended[after]) == ("COMPLETED", "0:0", "0"), logs[after]
+        assert ended[after]["StartTime"] >= ended[before]["EndTime"]
+    assert "check passed" in logs["check"] and "0 answers wrong (must be none)" in logs["overfit"]
+    assert "question type" in logs["evaluate"] and "mean of types" in logs["evaluate"]
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["split"], results["all"]["n"]) == ("test", 8)
+
+
+@needs_slurm
+def test_the_pipeline_starts_nothing_after_a_check_that_fails(slurm, qwen_folder, tmp_path):
+    environment = {"MODEL": qwen_folder / "model", "DATA": tmp_path / "none", "SBATCH": " ".join(ONE_CORE)}
+    said = slurm.call("bash", ROOT / "slurm/qwen2vl_pipeline.sh", cwd=tmp_path, **environment)
+    jobs = dict(re.findall(r"(\w+) (\d+)\b", said.split("\n")[0]))
+    assert outcome(slurm.ended(jobs["check"])) == ("FAILED", "1:0", "0")
+    assert {slurm.ended(jobs[name])["JobState"] for name in ("overfit", "train", "evaluate")} == {"CANCELLED"}
+    assert not (tmp_path / "runs").exists()
 
 
 @needs_slurm

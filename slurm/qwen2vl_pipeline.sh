@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Qwen2-VL from data to figures: four jobs, each started once the one before it has succeeded. Run it on a login node;
+# MODEL, DATA and OUT are as in qwen2vl_sentinel.sh, and what follows the script's name goes to the trainer, four times.
+#
+#   export MODEL=models/qwen2-vl DATA=data/kvasir_vqa OUT=runs/kvasir
+#   bash slurm/qwen2vl_pipeline.sh --skip-bad --epochs 3
+#   SBATCH="--ntasks-per-node=4 --gpus-per-node=4 --mem=256G" bash slurm/qwen2vl_pipeline.sh --skip-bad
+#
+#   check      every row is built and decoded again; no weights are read
+#   overfit    OVERFIT rows (64) are learned by heart, or nothing else is started
+#   train      the run itself; it ends with answers to the validation split
+#   evaluate   answers to the test split, and the table by question type: logs/qwen2vl_evaluate_JOB.out
+set -euo pipefail
+script=$(dirname "${BASH_SOURCE[0]}")/qwen2vl_sentinel.sh
+flags=("$@")
+
+submit() { # submit NAME JOB_BEFORE FLAG…
+    # shellcheck disable=SC2086 # SBATCH is several words
+    sbatch --parsable --job-name="qwen2vl_$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} ${SBATCH:-} \
+        "$script" "${flags[@]}" "${@:3}"
+}
+
+check=$(submit check "" --check)
+overfit=$(submit overfit "$check" --overfit "${OVERFIT:-64}")
+train=$(submit train "$overfit" --eval-split val)
+evaluate=$(submit evaluate "$train" --eval-only --eval-split test)
+echo "jobs: check $check, overfit $overfit, train $train, evaluate $evaluate"
+echo "the table will stand at the end of logs/qwen2vl_evaluate_$evaluate.out, and in ${OUT:-runs/qwen2vl_sentinel}/results.json"

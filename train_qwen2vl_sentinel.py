@@ -1,0 +1,992 @@
+"""Fine-tune Qwen2-VL on typed questions about medical images: answers located by sentinels, constrained when decoded.
+
+A data row, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; image paths are relative to DATA):
+
+    {"image": "images/cl8k2u.jpg", "question": "What color is the polyp?", "answer": "pink", "question_type": "color"}
+
+The type and the allowed answers are inferred where a row does not say. The model reads, in its own chat template:
+
+    system      Answer the question about the medical image with the answer alone.
+    user        [image] Question type: color
+                Question: What color is the polyp?
+    assistant   <ANS>pink</ANS>          learned: "pink" and the end of the turn; the sentinels never reach the model
+
+    make demo SCRIPT=qwen2vl_sentinel                                        # on a CPU, from nothing; or by hand:
+    python demo.py qwen2vl_sentinel && python train_qwen2vl_sentinel.py --model runs/demo/qwen2vl_sentinel/model \\
+        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 8
+    python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
+    python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN                    # one GPU
+    torchrun --standalone --nproc-per-node 4 train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN
+    python train_qwen2vl_sentinel.py --enrich DATA/train.jsonl NEW/train.jsonl      # writes types and candidates out
+    bash slurm/qwen2vl_pipeline.sh                              # a cluster: check, overfit, train, evaluate
+
+What the demo must reach, and what each figure means, is in README.md.
+"""
+
+import math
+import random
+import shutil
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+import common
+import runtime
+from common import IGNORE, Prompt
+from runtime import Problem
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------
+
+MODELS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+SYSTEM = "Answer the question about the medical image with the answer alone."
+# every projection of the language model
+LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# with --lora-vision also those of the vision tower and of the merger, which projects to the language model's width
+VISION_PATTERN = r"model\.visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|merger\.mlp\.[02])"
+OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels"]  # flags of this script alone that a checkpoint is bound to
+# the most tokens of a free answer, by question type; of any other, --max-answer-tokens
+MAX_ANSWER_TOKENS = {"yes_no": 8, "color": 16, "size_numeric": 16, "count_numeric": 8, "mcq": 32}
+
+
+def parse_arguments(argv):
+    parser = runtime.shared_flags(__doc__, decode="trie")
+    add = parser.add_argument_group("Qwen2-VL").add_argument
+    add("--min-pixels", type=runtime.positive, help="smaller images are enlarged (default: the checkpoint's own)")
+    add("--max-pixels", type=runtime.positive, help="larger images are reduced (default: the checkpoint's own)")
+    add("--lora-vision", action="store_true", help="adapters in the vision tower and its merger, too")
+    add("--enrich", nargs=2, metavar=("IN.jsonl", "OUT.jsonl"), help="write question types and candidates into rows")
+    args = parser.parse_args(argv)
+    return args if args.enrich else runtime.parse_flags(parser, argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: files -> rows
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    where: str  # "train.jsonl:17"
+    split: str
+    id: str
+    image: str
+    question: str
+    answer: str
+    question_type: str
+    candidates: list[str] | None
+    inferred: bool  # the candidates are not the row's own
+    group: str  # patient, video or procedure; the image where nothing else is known
+
+    @property
+    def media(self) -> list[str]:
+        return [self.image]
+
+
+IMAGE_FIELDS = ("image", "image_filename", "image_id", "img_id")
+FIELDS = {*IMAGE_FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group"}
+
+
+def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
+    """All rows of the folder with their allowed answers, and the rows that cannot be used."""
+    read = (row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split))
+    rows, problems = runtime.choose_rows(read, args)
+    allow_training_answers(rows)
+    return rows, problems
+
+
+def read_file(data: Path, path: Path, split: str | None):
+    """Rows of a JSON-lines file, canonical or Kvasir-VQA."""
+    if path.suffix != ".jsonl":
+        yield Problem(path.name, None, "not JSON lines; write an object a line into a .jsonl file")
+        return
+    entries, problems = runtime.read_jsonl(path)
+    yield from problems
+    for where, entry in entries:
+        try:
+            yield make_row(data, where, entry, split)
+        except ValueError as error:
+            yield Problem(where, entry.get("id"), str(error))
+
+
+def make_row(data: Path, where: str, entry: dict, split: str | None) -> Row:
+    wrong = runtime.misspelt(entry, FIELDS)
+    if wrong:
+        raise ValueError(wrong)
+    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f)), None)
+    if name is None:
+        raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
+    image = runtime.find_image(data, name)
+    # the tokenizer composes accents (NFC): what is learned must equal what is asked for
+    composed = {k: unicodedata.normalize("NFC", v) if isinstance(v, str) else v for k, v in entry.items()}
+    return Row(
+        where=where,
+        split=split or runtime.split_of(image),
+        id=str(entry.get("id") or where),
+        image=image,
+        inferred=entry.get("answer_candidates") is None,
+        group=str(entry.get("group") or image),
+        **common.question_fields(composed),
+    )
+
+
+def allow_training_answers(rows: list[Row]) -> None:
+    """Complete inferred candidates from the training rows, in place.
+
+    A color may be any that training answers. A yes_no question may be answered by yes, by no, and by what training
+    answers to its very words: to "Have all polyps been removed?" that may be "not relevant". Where training spells
+    an answer in one way, such as "Yes", that spelling is the candidate: it is what the model has learned.
+    """
+    spellings = defaultdict(Counter)  # (type, normalised answer) -> how often training spells it in which way
+    answered = defaultdict(dict)  # the type color, or a yes_no question's own words -> normalised answers
+    for row in rows:
+        if row.split == "train":
+            short = common.normalise(row.answer)
+            spellings[row.question_type, short][row.answer] += 1
+            answered["color" if row.question_type == "color" else row.question.lower()][short] = None
+    for row in rows:
+        if row.inferred and row.question_type in ("yes_no", "color"):
+            known = answered["color" if row.question_type == "color" else row.question.lower()]
+            allowed = dict.fromkeys([*(row.candidates or []), *known])
+            spelled = (spellings.get((row.question_type, short)) for short in allowed)
+            row.candidates = [s.most_common(1)[0][0] if s else a for a, s in zip(allowed, spelled, strict=True)] or None
+
+
+def enrich(source: Path, target: Path) -> None:
+    """Write the rows of a file again, each with its question_type and, where there are some, its answer_candidates.
+
+    What training answers is read from the file itself, or for val.jsonl and test.jsonl from train.jsonl beside it,
+    never from the rows that are to be answered.
+    """
+    split = source.stem if source.stem in ("train", "val", "test") else None
+    beside = source.with_name("train.jsonl") if split in ("val", "test") else None
+    rows = list(read_file(source.parent, source, split))
+    rows += read_file(source.parent, beside, "train") if beside and beside.is_file() else []
+    problems = [row for row in rows if isinstance(row, Problem)]
+    if problems:
+        raise SystemExit("\n".join([*map(str, problems), f"{len(problems)} faults; nothing was written"]))
+    allow_training_answers(rows)
+    entries, _ = runtime.read_jsonl(source)
+    written = []
+    for (_, entry), row in zip(entries, rows[: len(entries)], strict=True):
+        found = {"question_type": row.question_type, "answer_candidates": row.candidates}
+        written.append({**entry, **{name: value for name, value in found.items() if value and not entry.get(name)}})
+    runtime.write_jsonl(target, written)
+    counts = Counter(row.question_type for row in rows[: len(entries)])
+    print(f"{target}: {len(written)} rows; " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: rows -> prompt trees
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """What turns a row into tokens: read from the checkpoint's folder, no weights needed."""
+
+    tokenizer: object
+    processor: object  # of images
+    image_id: int | None  # None where config.json has it wrong
+    rope_index: object  # the model's own function: tokens and image grids -> M-RoPE positions
+    keep_sentinels: bool
+    report: dict  # for check.json: what was found in the checkpoint's files
+    measured: dict = field(default_factory=dict)  # image -> (width, height), once all are opened
+
+    def grid(self, image: str) -> tuple[int, int, int]:
+        """(1, rows, columns) of an image's patches: its size between min_pixels and max_pixels, in whole tokens."""
+        width, height = self.measured[image]
+        patch, size = self.processor.patch_size, self.processor.size
+        token = patch * self.processor.merge_size  # pixels along a side: 14 * 2 = 28
+        high, wide = smart_resize(height, width, token, size["shortest_edge"], size["longest_edge"])
+        return 1, high // patch, wide // patch
+
+    def features(self, image: str) -> int:
+        """Tokens of an image: its patches are merged 2 x 2."""
+        return math.prod(self.grid(image)) // self.processor.merge_size**2
+
+    def positions(self, prefix: list[int], image: str) -> torch.Tensor:
+        """M-RoPE positions (3, P) of a prefix: text counts on in all three, an image in time, height and width."""
+        input_ids = torch.tensor([prefix])
+        is_image = (input_ids == self.image_id).int()
+        grids = torch.tensor([self.grid(image)])
+        return self.rope_index(input_ids, mm_token_type_ids=is_image, image_grid_thw=grids)[0][:, 0]
+
+
+def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
+    """Tokenizer, image processor and position function, and the faults of the checkpoint's own files."""
+    vlm = meta_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise SystemExit(f"--model {folder}: no chat template; copy chat_template.jinja from the original checkpoint")
+    problems, image_id = [], None
+    try:
+        image_id = find_image_token(tokenizer, vlm.config)
+    except ValueError as error:
+        problems.append(Problem("config.json", None, f"{error}; copy image_token_id from the original config.json"))
+    try:
+        pad_line = f"{folder / 'tokenizer_config.json'}: {common.separate_pad_from_eos(tokenizer)}"
+    except ValueError as error:
+        raise SystemExit(f"--model {folder}: {error}") from None
+    print(pad_line)
+
+    processor = runtime.image_processor(folder)
+    vision = vlm.config.vision_config
+    for name, value in {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}.items():
+        if getattr(processor, name) != value:
+            text = f"{name} {getattr(processor, name)}, the vision tower has {value} (config.json)"
+            raise SystemExit(f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own")
+    args.min_pixels = args.min_pixels or processor.size["shortest_edge"]
+    args.max_pixels = args.max_pixels or processor.size["longest_edge"]
+    if args.min_pixels > args.max_pixels:
+        raise SystemExit(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
+    processor.size["shortest_edge"], processor.size["longest_edge"] = args.min_pixels, args.max_pixels
+    report = {"image_token": image_id, "pixels": [args.min_pixels, args.max_pixels], "pad": pad_line}
+    keep = args.sentinels == "keep"
+    return Text(tokenizer, processor, image_id, vlm.model.get_rope_index, keep, report), problems
+
+
+def find_image_token(tokenizer, config) -> int:
+    """The configuration's image token, which must be the one that the chat template writes for an image."""
+    image_id = common.image_token_id(config)
+    token = tokenizer.convert_ids_to_tokens(image_id)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    if not token or tokenizer.encode(rendered, add_special_tokens=False).count(image_id) != 1:
+        raise ValueError(f"the chat template does not write token {image_id} ({token!r}) for an image but {rendered!r}")
+    return image_id
+
+
+def render(tokenizer, row: Row) -> str:
+    """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
+    opening, closing = common.SENTINELS
+    question = f"Question type: {row.question_type}\nQuestion: {row.question}"
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": opening + row.answer + closing}]},
+    ]
+    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
+    return before + opening + after.partition(closing)[0] + closing + tokenizer.eos_token
+
+
+def refuse_tokens(row: Row, text: Text) -> None:
+    """Raise ValueError where a text holds what the tokenizer would take for a token such as <|image_pad|>."""
+    for part in (row.question, row.answer, row.question_type, *(row.candidates or [])):
+        for token in (*common.SENTINELS, *text.tokenizer.get_added_vocab()):
+            if token in part:
+                raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
+
+
+def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
+    """(prefix, input_ids, labels): everything up to the image's last placeholder, then the question and its answer.
+
+    The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
+    """
+    input_ids, labels = common.encode_supervised(
+        text.tokenizer, render(text.tokenizer, row), keep_sentinels=text.keep_sentinels
+    )
+    cut = input_ids.index(text.image_id) + 1
+    prefix = common.expand_placeholder(input_ids[:cut], text.image_id, [text.features(row.image)])
+    return prefix, input_ids[cut:], labels[cut:]
+
+
+def prove_row(row: Row, text: Text, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError unless exactly answer + EOS is learned and the placeholders equal the image's features."""
+    learned = [label for label in labels if label != IGNORE]
+    decoded = text.tokenizer.decode(learned, clean_up_tokenization_spaces=False)
+    if decoded != row.answer + text.tokenizer.eos_token:
+        raise ValueError(f"learned would be {decoded!r}, not {row.answer + text.tokenizer.eos_token!r}")
+    if text.image_id in input_ids:
+        raise ValueError("an image placeholder after the image's own")
+    common.check_placeholders(prefix, text.image_id, text.features(row.image))
+
+
+def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list[Problem]]:
+    """A tree for each image with all its questions (or for each question), in order of appearance."""
+    trees: dict[str, Prompt] = {}
+    problems = []
+    for row in rows:
+        try:
+            refuse_tokens(row, text)
+            if text.image_id is None:  # the checkpoint's fault, already listed
+                continue
+            prefix, input_ids, labels = encode_row(row, text)
+            prove_row(row, text, prefix, input_ids, labels)
+            if len(prefix) + len(input_ids) > args.pack_tokens:
+                raise ValueError(
+                    f"{len(prefix) + len(input_ids)} tokens, {text.features(row.image)} of them its image's: more than "
+                    f"--pack-tokens {args.pack_tokens}; lower --max-pixels or raise --pack-tokens"
+                )
+        except ValueError as error:
+            problems.append(Problem(row.where, row.id, str(error)))
+            continue
+        name = row.image if args.share_prefix else row.id
+        if name not in trees:
+            trees[name] = Prompt(prefix, [], [], row.image, text.positions(prefix, row.image))
+        assert trees[name].prefix == prefix, f"{row.where}: the questions of {row.image} begin differently"
+        trees[name].branches.append((input_ids, labels))
+        trees[name].ids.append(row.id)
+    return list(trees.values()), problems
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Qwen2VL(nn.Module):
+    """Qwen2-VL whose forward takes a packed row and returns (loss sum, learned tokens)."""
+
+    def __init__(self, vlm: Qwen2VLForConditionalGeneration, dtype: torch.dtype):
+        super().__init__()
+        self.vlm = vlm
+        self.dtype = dtype
+        self.image_id = common.image_token_id(vlm.config)
+
+    def image_features(self, media: dict) -> torch.Tensor:
+        """All images of a row, of whatever sizes -> (tokens, width of the language model)."""
+        with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):
+            found = self.vlm.model.get_image_features(media["pixel_values"], media["image_grid_thw"])
+            return torch.cat(found.pooler_output)
+
+    def autocast(self):
+        """With bf16, trained parameters stay float32 and are cast where they are used."""
+        device = next(self.vlm.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vlm.model.language_model
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """A pass without a question, for a rank that has none left while others have (runtime.equal_passes)."""
+        with self.autocast():
+            device, width = self.vlm.lm_head.weight.device, self.vlm.config.text_config.hidden_size
+            self.decoder(inputs_embeds=torch.zeros(1, 1, width, device=device, dtype=self.dtype), use_cache=False)
+
+    @property
+    def tower_trains(self) -> bool:
+        """Whole or by adapters; a frozen tower keeps no activations."""
+        return any(p.requires_grad for p in self.vlm.model.visual.parameters())
+
+    def hidden(self, input_ids, position_ids, mask, cache=None, media: dict | None = None) -> torch.Tensor:
+        """Last hidden states (1, T, width) of tokens (1, T) at positions (3, 1, T) under a mask (1, 1, T, keys)."""
+        with self.autocast():
+            embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
+            if media is not None:
+                features = self.image_features(media)
+                common.check_placeholders(input_ids, self.image_id, len(features))
+                places = (input_ids == self.image_id).unsqueeze(-1)
+                embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
+            return self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return self.vlm.lm_head(hidden)
+
+    def forward(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = common.visible(row["document"], row["branch"])
+        hidden = self.hidden(row["input_ids"], row["position_ids"], mask, None, media=row)
+        return common.supervised_loss(hidden, self.lm_head, row["labels"])
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vlm.model.visual.train(mode and self.tower_trains)  # no dropout in a frozen tower
+        return self
+
+
+def prepare(vlm: Qwen2VLForConditionalGeneration, args) -> None:
+    """Choose what is trained; whatever is, is float32, because bfloat16 loses small updates."""
+    if args.tune == "full":
+        common.train_only(vlm, r".*")
+    else:
+        vlm.requires_grad_(False)
+        pattern = f"{LORA_PATTERN}|{VISION_PATTERN}" if args.lora_vision else LORA_PATTERN
+        common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+    for parameter in vlm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if args.grad_checkpoint:  # not reentrant: the inputs of a frozen base need no gradient
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def meta_model(folder: Path) -> Qwen2VLForConditionalGeneration:
+    """The model from its configuration alone, without weights."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in MODELS:
+        raise SystemExit(f"--model {folder}: model_type {config.model_type!r}, not one of {', '.join(MODELS)}")
+    with torch.device("meta"):
+        return MODELS[config.model_type](config)
+
+
+def load_model(folder: Path, args, text: Text, dtype) -> Qwen2VL:
+    """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
+    kind = MODELS[AutoConfig.from_pretrained(folder).model_type]
+    vlm = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    window = vlm.config.text_config.sliding_window  # None where the configuration does not use it
+    if window is not None and window < args.pack_tokens:
+        raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
+    common.separate_pad_from_eos(text.tokenizer, vlm)
+    prepare(vlm, args)
+    if args.compile:
+        vlm.model.language_model.compile(dynamic=True)
+    return Qwen2VL(vlm, dtype)
+
+
+@torch.no_grad()
+def verify_first_batch(model: Qwen2VL, trees: list[Prompt], run) -> None:
+    """Before step 0: the placeholders of the real first batch against the features of the real model."""
+    counts = []
+    for row in packed_rows(trees, run):
+        common.check_placeholders(row["input_ids"], model.image_id, len(model.image_features(row)))
+        counts += [tree.prefix.count(model.image_id) for tree in row["prompts"]]
+    print(f"image tokens: {min(counts)} to {max(counts)} per image, ID {model.image_id} — verified")
+
+
+def measure(data: Path, name: str) -> tuple[int, int]:
+    """(width, height) of an image, decoded completely."""
+    image = runtime.open_image(data, name)
+    if max(image.size) > 200 * min(image.size):
+        raise ValueError(f"{name}: {image.width} x {image.height} pixels, longer than 200 times its width; crop it")
+    return image.size
+
+
+def answer_limit(row: Row, args) -> int:
+    """The most tokens of a free answer."""
+    return min(args.max_answer_tokens, MAX_ANSWER_TOKENS.get(row.question_type, args.max_answer_tokens))
+
+
+def read_images(data: Path, text: Text, prompts: list[Prompt]) -> dict:
+    """The images of prompt trees in the order of the row, of different sizes.
+
+    pixel_values is flat, (patches of all images, channels * 2 frames * patch * patch); image_grid_thw (images, 3).
+    """
+    images = [runtime.open_image(data, prompt.media) for prompt in prompts]
+    read = text.processor(images, return_tensors="pt")
+    for prompt, grid in zip(prompts, read["image_grid_thw"].tolist(), strict=True):
+        if tuple(grid) != text.grid(prompt.media):
+            raise ValueError(f"{prompt.media} has another size than when it was checked; start again")
+    return {"pixel_values": read["pixel_values"], "image_grid_thw": read["image_grid_thw"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training loop: the same text in every script (BEGIN)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What stays the same from the first step to the last answer."""
+
+    args: object
+    folder: Path
+    device: torch.device
+    stop: runtime.StopSignal
+    text: object  # the script's own: tokenizer and what belongs to it
+    read_media: object  # prompt trees of a row -> {"pixel_values": …}
+
+
+class Steps(Dataset):
+    """An item is this rank's part of an optimizer step: its packed rows, each with its media.
+
+    Where a file can no longer be read, the item is the ValueError that says so: the loop saves before it stops.
+    """
+
+    def __init__(self, plan: list[list[Prompt]], pack_tokens: int, read_media, rank: int = 0, ranks: int = 1):
+        self.plan, self.pack_tokens, self.read_media = plan, pack_tokens, read_media
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> list[dict] | ValueError:
+        rows = common.pack(self.plan[index], self.pack_tokens, self.ranks)[self.rank :: self.ranks]
+        try:
+            return [{**row, **self.read_media(row["prompts"])} for row in rows]
+        except ValueError as error:
+            return error
+
+
+def start_loader(steps: Steps, workers: int) -> DataLoader:
+    return DataLoader(steps, None, num_workers=workers, worker_init_fn=runtime.ignore_signals)
+
+
+def make_plan(prompts: list[Prompt], args) -> list[list[Prompt]]:
+    """The optimizer steps of the whole run; a function of the seed alone, so that any step can be gone back to."""
+    plan = []
+    for epoch in range(args.epochs):
+        plan += common.plan_steps(prompts, args.questions_per_step, args.seed, epoch)
+        if args.max_steps and len(plan) >= args.max_steps:
+            return plan[: args.max_steps]
+    return plan
+
+
+def learning_rate(step: int, steps: int, args) -> float:
+    """Linear warm-up, then half a cosine towards zero; step counts from 1."""
+    warmup = max(1, round(args.warmup * steps))
+    if step <= warmup:
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1)))
+
+
+def to_device(row: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+
+
+def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float:
+    """Steps start+1 … len(plan); returns the last step's loss. validate() gives a loss, save(step) a checkpoint."""
+    args, device, rank = run.args, run.device, runtime.rank()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    steps = Steps(plan[start:], args.pack_tokens, run.read_media, rank, runtime.ranks())
+    metrics = runtime.Metrics(run.folder, start, len(plan))
+    if validate and metrics.validated < start and (start == len(plan) or start % args.eval_every == 0):
+        metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
+    model.train()
+    run.stop.wait()
+    loss, bad, saved, begun = math.nan, 0, start, time.monotonic()
+    for step, rows in enumerate(start_loader(steps, args.workers), start=start + 1):
+        # ---- one optimizer step: trees are those of all ranks, rows are this rank's ----
+        if runtime.any_rank(isinstance(rows, ValueError)):
+            faults = [fault for fault in runtime.gather(str(rows) if isinstance(rows, ValueError) else "") if fault]
+            if saved < step - 1:
+                save(step - 1)
+            raise SystemExit(f"step {step}: {'; '.join(faults)}. The steps before are saved: mend it and start again")
+        trees = plan[step - 1]
+        learned = sum(tree.learned() for tree in trees)
+        # dropout draws from (seed, step, rank): a step that is taken again after a stop draws the same
+        torch.manual_seed(random.Random(f"{args.seed} {step} {rank}").getrandbits(63))
+        loss_sum = torch.zeros((), device=device)
+        for row in rows:
+            row_loss, _ = model(to_device(row, device))
+            (row_loss / learned).backward()  # the mean over the whole step's tokens, not a mean of means
+            loss_sum += row_loss.detach()
+        runtime.sum_gradients(parameters)
+        loss = float(runtime.sum_over_ranks(loss_sum)) / learned
+        grad_norm = runtime.clip_gradients(parameters, args.clip)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:  # or the step changes nothing, neither parameters nor the optimizer's moments
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(plan), args)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # ---- what it was like ----
+        ids = [name for tree in trees for name in tree.ids]
+        tokens = sum(len(tree) for tree in trees)
+        seconds, begun = time.monotonic() - begun, time.monotonic()
+        if finite:
+            metrics.write(
+                step=step,
+                epoch=round(step / len(plan) * args.epochs, 3),
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=optimizer.param_groups[0]["lr"],
+                images=len(trees),
+                questions=len(ids),
+                tokens=tokens,
+                tokens_per_s=tokens / seconds,
+                questions_per_s=len(ids) / seconds,
+                peak_memory_mb=runtime.peak_memory_mb(device),
+                ids=ids,
+            )
+        else:
+            metrics.write_bad(step, loss, grad_norm, ids)
+        bad = 0 if finite else bad + 1
+        if bad == 3:
+            metrics.say(f"three such steps in a row: stopped; replay them with --only-ids {metrics.bad_steps}")
+            runtime.end_ranks()
+            raise SystemExit(runtime.EXIT_NOT_FINITE)
+        # ---- save first, then evaluate: a crash there must not cost the steps ----
+        stopped = runtime.any_rank(run.stop.received is not None)
+        last = step == len(plan)
+        due = validate and (last or step % args.eval_every == 0)
+        if last or due or stopped or step % args.save_every == 0:
+            save(step)
+            saved, begun = step, time.monotonic()
+        if stopped:
+            signalled = run.stop.received or "a signal to another rank"
+            again = "the same command" if args.resume == "auto" else "the same command with --resume auto"
+            metrics.say(f"stopped by {signalled} after step {step}; {again} goes on from there")
+            runtime.end_ranks()
+            raise SystemExit(runtime.EXIT_STOPPED)
+        if due:
+            run.stop.act()
+            metrics.write(step=step, val_loss=validate())
+            run.stop.wait()
+            model.train()
+            begun = time.monotonic()
+    run.stop.act()
+    metrics.close()
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training loop: the same text in every script (END)
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checking, answering and scoring: the same text in every script (BEGIN)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_data(data: Path, args, text, fatal: list[Problem]):
+    """The proof that stands before every run: each row built and decoded again, each file opened.
+
+    Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
+    """
+    rows, faults = read_data(data, args)
+    found, text.measured = runtime.check_media(data, rows, measure)
+    faults += found
+    splits, trees, counts = {}, {}, {}
+    for split in ("train", "val", "test"):
+        bad = {p.where for p in faults}
+        part = [row for row in rows if row.split == split and row.where not in bad]
+        trees[split], found = build_prompts(part, text, args)
+        faults += found
+        bad = {p.where for p in found}
+        splits[split] = [row for row in part if row.where not in bad]
+        counts[split] = {
+            "questions": len(splits[split]),
+            "images": len({name for row in splits[split] for name in row.media}),
+            "tokens": sum(len(tree) for tree in trees[split]),
+            "learned_tokens": sum(tree.learned() for tree in trees[split]),
+            "question_types": dict(Counter(row.question_type for row in splits[split])),
+            "not_among_candidates": sum(not answerable(row) for row in splits[split]),
+        }
+        print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
+    print_learned(trees["train"] or trees[args.eval_split], text)
+    report = {"splits": counts, **text.report}
+    runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
+    if not (args.eval_only or args.check or splits["train"]):
+        raise SystemExit(f"--data {data}: no training rows")
+    return splits, trees
+
+
+def answerable(row: Row) -> bool:
+    """Can an answer restricted to the row's candidates be right?"""
+    right = (common.score_answer(c, row.answer, row.question_type)["exact"] for c in row.candidates or [])
+    return not row.candidates or row.answer in row.candidates or any(right)
+
+
+def print_first_row(row: Row, text) -> None:
+    """A row as the model sees it: green learned, grey masked, blue media."""
+    prefix, input_ids, labels = encode_row(row, text)
+    pieces = text.tokenizer.convert_ids_to_tokens([t for t in prefix if t != text.image_id])
+    media = f"{prefix.count(text.image_id)} x {text.tokenizer.convert_ids_to_tokens(text.image_id)}"
+    shown = [f"\033[90m{' '.join(pieces)}\033[0m", f"\033[34m[{media}]\033[0m"]
+    for piece, label in zip(text.tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
+        shown.append(f"\033[{90 if label == IGNORE else 32}m{piece}\033[0m")
+    print(f"row {row.id}, learned green, masked grey, media blue:\n{' '.join(shown)}")
+
+
+def print_learned(prompts: list[Prompt], text, rows: int = 5) -> None:
+    """Where the labels of the first rows stand, what they say, and how much of the row is masked."""
+    for tree in prompts[:rows]:
+        input_ids, labels = tree.branches[0]
+        places = [len(tree.prefix) + i for i, label in enumerate(labels) if label != IGNORE]
+        learned = text.tokenizer.decode([label for label in labels if label != IGNORE])
+        length = len(tree.prefix) + len(input_ids)
+        print(
+            f"row {tree.ids[0]}: {length} tokens, learned {places[0]}–{places[-1]}: {learned!r}, "
+            f"masked {1 - len(places) / length:.1%}"
+        )
+
+
+def count_parameters(folder: Path, args) -> None:
+    """A table by component, from the configuration alone: nothing is read or allocated."""
+    with torch.device("meta"):
+        vlm = meta_model(folder)
+        prepare(vlm, args)
+    table = Counter(), Counter()
+    for name, p in vlm.named_parameters():
+        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+        table[0][part] += p.numel()
+        table[1][part] += p.numel() * p.requires_grad
+    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
+    for part, count in table[0].items():
+        print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
+    everything, trainable = sum(table[0].values()), sum(table[1].values())
+    print(f"{'without LoRA':<24}{everything - table[0]['LoRA']:>16,}{trainable - table[1]['LoRA']:>16,}")
+    print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
+
+
+def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype) -> None:
+    """A plain model folder that from_pretrained opens: merged weights beside the checkpoint's own small files."""
+    vlm = load_model(source, args, text, dtype).vlm
+    common.load_trained(vlm, checkpoint)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
+            shutil.copy(path, target)
+    common.merge_lora(vlm).to(dtype).save_pretrained(target)
+    text.tokenizer.save_pretrained(target)
+    runtime.save_image_processor(text.processor, target)
+
+
+def write_final(source: Path, checkpoint: Path, run, dtype) -> None:
+    """RUN/adapter, or after full tuning RUN/model, from the last checkpoint."""
+    if run.args.tune == "full":
+        with runtime.replacing(run.folder / "model") as target:
+            write_model(source, checkpoint, target, run.args, run.text, dtype)
+    else:
+        with runtime.replacing(run.folder / "adapter") as target:
+            for path in checkpoint.glob("adapter_*"):
+                shutil.copy(path, target)
+
+
+@torch.no_grad()
+def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, learned tokens
+    with runtime.equal_passes(model.decoder, model.idle):
+        for row in packed_rows(prompts[runtime.rank() :: runtime.ranks()], run):
+            sums += torch.stack(model(row)).cpu()
+    total, tokens = runtime.sum_over_ranks(sums).tolist()
+    return total / tokens
+
+
+def packed_rows(prompts: list[Prompt], run: Run):
+    """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
+    few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
+    for rows in start_loader(few, run.args.workers):
+        if isinstance(rows, ValueError):
+            raise SystemExit(f"{rows}. Mend the file and start again")
+        yield from (to_device(row, run.device) for row in rows)
+
+
+@torch.no_grad()
+def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict[str, dict]:
+    """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
+    model.eval()
+    mode, tokenizer = run.args.decode, run.text.tokenizer
+    found = score_candidates(model, prompts, rows, run) if mode == "score" else {}
+    left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in prompts]
+    left = [common.answering_prompt(tree) for tree in left if tree.ids]
+    count = sum(len(tree.ids) for tree in left)
+    shown = runtime.progress(total=count, desc="answering", unit="question")
+    for packed in packed_rows(left, run):
+        ids = [name for tree in packed["prompts"] for name in tree.ids]
+        tries = [allowed_answers(rows[name], run.text) if mode == "trie" else None for name in ids]
+
+        def read(input_ids, position_ids, mask, cache, media=packed):
+            # media belong to the first reading; afterwards they are in the cache
+            return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else media)
+
+        limits = [answer_limit(rows[name], run.args) for name in ids]
+        answers = common.decode(read, model.lm_head, packed, tokenizer.eos_token_id, limits, tries)
+        for name, tokens in zip(ids, answers, strict=True):
+            found[name] = {"prediction": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+        shown.update(len(ids))
+    shown.close()
+    return found
+
+
+def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
+    return [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates or []]
+
+
+def allowed_answers(row: Row, text: Text) -> dict | None:
+    """The trie of the answers that are allowed, EOS included."""
+    learned = [[t for t in labels if t != IGNORE] for _, labels in candidate_branches(row, text)]
+    return common.build_trie(learned) or None
+
+
+def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict[str, dict]:
+    """Every allowed answer as a branch of its own: the exact argmax, with probabilities."""
+    trees = []
+    for tree in prompts:
+        pairs = [(name, candidate) for name in tree.ids for candidate in rows[name].candidates or []]
+        branches = [branch for name in tree.ids for branch in candidate_branches(rows[name], run.text)]
+        if pairs:
+            trees.append(replace(tree, branches=branches, ids=pairs))
+    scores = defaultdict(dict)
+    for packed in packed_rows(trees, run):
+        mask = common.visible(packed["document"], packed["branch"])
+        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, media=packed)
+        pairs = [pair for tree in packed["prompts"] for pair in tree.ids]
+        log_probs = common.branch_log_probs(hidden, model.lm_head, packed).tolist()
+        for (name, candidate), log_prob in zip(pairs, log_probs, strict=True):
+            scores[name][candidate] = log_prob
+    found = {}
+    for name, by_candidate in scores.items():
+        chances = torch.tensor(list(by_candidate.values())).softmax(0).tolist()
+        probabilities = dict(zip(by_candidate, chances, strict=True))
+        found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
+    return found
+
+
+def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row], run: Run) -> dict:
+    """Answer, score, write predictions.jsonl and results.json, print the table."""
+    begun, found = time.monotonic(), {}
+    with runtime.equal_passes(model.decoder, model.idle):
+        mine = answer(model, prompts[runtime.rank() :: runtime.ranks()], {row.id: row for row in rows}, run)
+    for part in runtime.gather(mine):
+        found.update(part)
+    seconds = time.monotonic() - begun
+    records = []
+    for row in rows:  # every row, answered or not
+        answered = found.get(row.id, {"prediction": None})
+        scored = common.score_answer(answered["prediction"], row.answer, row.question_type)
+        known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
+        known |= {"question": row.question, "answer": row.answer, **answered}
+        records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
+    majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
+    results = common.summarise(records, majority)
+    results |= {"split": run.args.eval_split, "decode": run.args.decode, "questions_per_s": len(rows) / seconds}
+    runtime.write_jsonl(run.folder / "predictions.jsonl", records)
+    runtime.write_json(run.folder / "results.json", results)
+    print(common.results_table(results))
+    print(f"answered {len(rows)} questions in {seconds:.1f} s, listed in {run.folder / 'predictions.jsonl'}")
+    return results
+
+
+def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:
+    args, text = run.args, run.text
+    if args.overfit:
+        splits = dict.fromkeys(splits, splits["train"][: args.overfit])
+        trees = {s: build_prompts(rows, text, args)[0] for s, rows in splits.items()}
+        runtime.on_first_rank(lambda: shutil.rmtree(run.folder / "checkpoints", ignore_errors=True))
+
+    # ---- the plan, and the place to go on from ----
+    plan = make_plan(trees["train"], args)
+    same = {name: getattr(args, name) for name in runtime.SAME_SETTINGS}  # or it would be another run
+    same |= {name: getattr(args, name) for name in OWN_SETTINGS}
+    same |= {"dtype": str(dtype), "steps": len(plan), "model": runtime.model_fingerprint(folder)}
+    same |= {"rows": runtime.fingerprint((t.ids, t.media, t.branches) for t in trees["train"])}
+    checkpoint = runtime.find_checkpoint(run.folder, args.resume)
+    if args.only_ids and args.resume != "auto":  # a replay in a folder of its own, with the weights of a checkpoint
+        runtime.find_checkpoint(run.folder, "none")
+        start = 0
+    else:
+        start = runtime.first_step(checkpoint, same, args.resume_anyway)
+    runtime.go_back(run.folder, start)
+
+    # ---- model and optimizer ----
+    torch.manual_seed(args.seed)
+    model = load_model(folder, args, text, dtype)
+    if checkpoint:
+        common.load_trained(model.vlm, checkpoint)
+    runtime.place(model, model.decoder, run.device, dtype, args.parallel)
+    trained = {n: p for n, p in model.vlm.named_parameters() if p.requires_grad}
+    number, everything = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    print(f"{run.device.type}, {dtype}; {number:,} parameters trained ({number / everything:.2%})")
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    if start:
+        runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
+    if not start or args.resume_anyway:
+        runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
+
+    def save(step):
+        weights = runtime.whole(trained) if args.tune == "full" else {}  # adapters are whole on every rank
+        moments = runtime.whole(runtime.optimizer_tensors(optimizer, trained))
+
+        def write(target):
+            common.save_trained(model.vlm, target, weights)
+            save_file(moments, target / "optimizer.safetensors")
+
+        runtime.save_checkpoint(run.folder, step, write, {"step": step, "same": same}, args.keep)
+
+    def validate():
+        return mean_loss(model, trees["val"], run)
+
+    # ---- train ----
+    print(f"{len(plan)} steps of at most {args.questions_per_step} questions, from step {start}")
+    verify_first_batch(model, plan[0], run)
+    if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
+        print(f"loss before training: {mean_loss(model, trees['val'][:2], run):.4f}")
+    loss = train(model, optimizer, plan, start, validate if trees["val"] else None, save, run)
+    newest = runtime.checkpoint_folder(run.folder, len(plan))
+    runtime.on_first_rank(lambda: write_final(folder, newest, run, dtype))
+
+    # ---- answer ----
+    if splits[args.eval_split]:
+        results = evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
+    if args.overfit:
+        wrong = round((1 - results["all"]["exact"]) * results["all"]["n"])
+        print(f"overfit: loss {loss:.4f} (must be below {args.overfit_loss}), {wrong} answers wrong (must be none)")
+        if wrong or not loss < args.overfit_loss:
+            raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checking, answering and scoring: the same text in every script (END)
+# ------------------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if args.enrich:
+        enrich(*map(Path, args.enrich))
+        return
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    if args.count_params:
+        count_parameters(runtime.model_folder(args.model, weights=False), args)
+        return
+    with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
+        checkpoint = None
+        if args.eval_only or args.merge:
+            checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
+            if checkpoint is None:
+                raise SystemExit(
+                    "no checkpoint to answer with or to merge: give its run with --out, or --resume FOLDER"
+                )
+            runtime.adopt_settings(checkpoint, args, OWN_SETTINGS)
+
+        # ---- the data is proved before any weights are read ----
+        folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
+        text, faults = load_text(folder, args)
+        if args.merge:
+            if faults:
+                raise SystemExit("\n".join(map(str, faults)))
+            if runtime.rank() == 0:
+                with runtime.writing(Path(args.merge)):
+                    write_model(folder, checkpoint, Path(args.merge), args, text, dtype)
+            print(f"wrote {args.merge}")
+            return
+        splits, trees = check_data(Path(args.data), args, text, faults)
+        if args.check:
+            print_first_row(next(rows[0] for rows in splits.values() if rows), text)
+            print("check passed")
+            return
+        run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), text))
+        if args.eval_only:
+            if not splits[args.eval_split]:
+                raise SystemExit(f"--eval-split {args.eval_split}: the data has no such rows")
+            model = load_model(folder, args, text, dtype)
+            common.load_trained(model.vlm, checkpoint)
+            runtime.place(model, model.decoder, device, dtype, args.parallel)
+            evaluate(model, trees[args.eval_split], splits[args.eval_split], splits["train"], run)
+        else:
+            train_and_answer(folder, splits, trees, dtype, argv, run)
+
+
+if __name__ == "__main__":
+    main()
