@@ -691,9 +691,9 @@ def answerable(row: Row) -> bool:
 def print_first_row(row: Row, text) -> None:
     """A row as the model sees it: green learned, grey masked, blue media."""
     prefix, input_ids, labels = encode_row(row, text)
-    pieces = text.tokenizer.convert_ids_to_tokens([t for t in prefix if t != text.image_id])
+    before = text.tokenizer.decode([t for t in prefix if t != text.image_id])
     media = f"{prefix.count(text.image_id)} x {text.tokenizer.convert_ids_to_tokens(text.image_id)}"
-    shown = [f"\033[90m{' '.join(pieces)}\033[0m", f"\033[34m[{media}]\033[0m"]
+    shown = [f"\033[90m{before}\033[0m", f"\033[34m[{media}]\033[0m"]
     for piece, label in zip(text.tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
         shown.append(f"\033[{90 if label == IGNORE else 32}m{piece}\033[0m")
     print(f"row {row.id}, learned green, masked grey, media blue:\n{' '.join(shown)}")

@@ -2,7 +2,8 @@
 
     make demo SCRIPT=qwen2vl_sentinel                                     # a model that answers, and its test split
     python benchmarks/answering.py                                        # about two minutes on two free cores
-    python benchmarks/answering.py --larger                               # a random Qwen2-VL of 110 million weights
+    python benchmarks/answering.py --larger --min-pixels 200704 --questions 60 --batches 8 --max-answer-tokens 8
+                                      # a random Qwen2-VL of 110 million weights, 256 tokens an image and more
 
 Ours is train_qwen2vl_sentinel.py's own `answer` with free answers: an image is read once for all its questions, and
 all of a row's questions are answered side by side. generate gets a row for each question with its image, padded on the
@@ -36,6 +37,7 @@ def load(args) -> tuple:
     folder, data = Path(args.model), Path(args.data)
     settings = script.parse_arguments(["--model", args.model, "--data", args.data, "--out", "none", "--decode", "free"])
     settings.max_answer_tokens, settings.pack_tokens = args.max_answer_tokens, args.pack_tokens
+    settings.min_pixels = args.min_pixels
     script.MAX_ANSWER_TOKENS.clear()  # generate has one limit for all of a batch
     text, faults = script.load_text(folder, settings)
     rows, problems = script.read_data(data, settings)
@@ -63,12 +65,12 @@ def load(args) -> tuple:
 def larger(config):
     """The demo's configuration with the widths and depth of a language model of 110 million weights."""
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    text |= {"num_key_value_heads": 4, "rope_parameters": {**config.text_config.rope_parameters}}
-    text["rope_parameters"]["mrope_section"] = [8, 12, 12]  # half of 768 / 12
-    for name, value in text.items():
-        setattr(config.text_config, name, value)
-    config.vision_config.hidden_size = 768
-    config.vision_config.embed_dim, config.vision_config.depth, config.vision_config.num_heads = 256, 6, 4
+    text |= {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 12}
+    vision = {"hidden_size": 768, "embed_dim": 256, "depth": 6, "num_heads": 4}
+    for part, changed in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in changed.items():
+            setattr(part, name, value)
+    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]  # half of 768 / 12
     return config
 
 
@@ -110,8 +112,9 @@ def main() -> None:
     parser.add_argument("--model", default=f"{demo}/run/model", help="a trained model folder (default: the demo's)")
     parser.add_argument("--data", default=f"{demo}/data", help="its test split is answered (default: the demo's)")
     parser.add_argument("--larger", action="store_true", help="random weights, 110 million, on the same rows")
+    parser.add_argument("--min-pixels", type=int, help="enlarge images to so many (default: the checkpoint's own)")
     parser.add_argument("--questions", type=int, default=400, help="of the test split (default: 400)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64], help="of generate (default: 8 32 64)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="of generate (default: 8 32 128)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--pack-tokens", type=int, default=2048, help="of ours (default: 2048)")
     parser.add_argument("--max-answer-tokens", type=int, default=24, help="of both (default: 24)")
@@ -128,9 +131,8 @@ def main() -> None:
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
     size = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(rows)} questions about {len(trees)} images, {size:,} parameters, {THREADS} threads, {args.rounds} rounds"
-    )
+    tokens = statistics.mean(run.text.features(tree.media) for tree in trees)
+    print(f"{len(rows)} questions about {len(trees)} images of {tokens:.0f} tokens, {size:,} parameters, float32")
     table = {}
     for name, times in seconds.items():
         ratios = [t / o for t, o in zip(times, seconds["ours"], strict=True)]

@@ -161,34 +161,17 @@ def test_a_tokenizer_that_grew_is_split_anew(bytes_bpe):
 def random_answer(number: int) -> str:
     draw = random.Random(number)
     parts = ["Pink", "pink", "A", "ZZ", "7", "5-10mm", "<5mm", ">20", "(a)", "[mass]", "{", "}", '"', "'s", "/", "\\"]
-    parts += [
-        "é",
-        "Ödem",
-        "ñ",
-        "息肉",
-        "ポリープ",
-        "🩺",
-        "👩‍⚕️",
-        "ANS",
-        "</ANS",
-        "<ANS",
-        "ANS>",
-        "<",
-        ">",
-        "\n",
-        "  ",
-        " ",
-        "\t",
-    ]
+    parts += ["é", "Ödem", "ñ", "息肉", "ポリープ", "🩺", "👩‍⚕️", "ANS", "</ANS", "<ANS", "ANS>"]
+    parts += ["<", ">", "\n", "  ", " ", "\t"]
     answer = "".join(draw.choice(parts) for _ in range(draw.randint(1, 6)))
     return draw.choice(["", "", " "]) + answer + draw.choice(["", "", " "])
 
 
 @pytest.mark.parametrize("keep_sentinels", [False, True])
 def test_any_answer_is_learned_character_for_character(bytes_bpe, keep_sentinels):
-    answers = [random_answer(number) for number in range(330)]
+    answers = [random_answer(number) for number in range(2100)]
     answers = [a for a in answers if "<ANS>" not in a and "</ANS>" not in a]  # refused before they get here
-    assert len(answers) > 300
+    assert len(answers) >= 2000
     for answer in answers:
         text = f"<|endoftext|>Q: {answer[::-1]}?\n<ANS>{answer}</ANS><|im_end|>\nmore"
         _, labels = encode_supervised(bytes_bpe, text, keep_sentinels=keep_sentinels)
