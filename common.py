@@ -822,6 +822,13 @@ def question_fields(entry: dict) -> dict:
     }
 
 
+def answerable(row: dict) -> bool:
+    """Can an answer that is restricted to the row's candidates be right? Of a row with `question_fields`."""
+    candidates, answer = row["candidates"], row["answer"]
+    right = (score_answer(candidate, answer, row["question_type"])["exact"] for candidate in candidates or [])
+    return not candidates or answer in candidates or any(right)
+
+
 NUMBER_WORDS = [
     "zero",
     "one",

@@ -7,7 +7,7 @@
     5  model folders  downloaded with retries, refused when incomplete
     6  reading data   rows with their file and line, images that cannot do harm, problems listed all at once
     7  checkpoints    atomic, verified, never pickled
-    8  the run folder settings, metrics, results
+    8  the run folder settings, metrics, results; what is shown of rows and parameters
 
 Imports none of our files and knows no model. What decides whether learning is right is in common.py.
 """
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -1090,6 +1091,39 @@ def report_check(path: Path, report: dict, fatal: list[Problem], faults: list[Pr
     if failures:  # on every rank; one tells
         text = f"{len(failures)} faults, listed in {path}; --skip-bad leaves rows with faults out, by name"
         raise SystemExit(text if rank() == 0 else 1)
+
+
+def print_row(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int], media: int) -> None:
+    """A row as the model sees it: green learned, grey masked, blue the placeholders of its media."""
+    before = tokenizer.decode([token for token in prefix if token != media])
+    shown = [f"\033[90m{before}\033[0m"]
+    shown.append(f"\033[34m[{prefix.count(media)} x {tokenizer.convert_ids_to_tokens(media)}]\033[0m")
+    for piece, label in zip(tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
+        shown.append(f"\033[{90 if label < 0 else 32}m{piece}\033[0m")
+    print(f"row {name}, learned green, masked grey, media blue:\n{' '.join(shown)}")
+
+
+def print_learned(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
+    """Where the labels of a row stand, what they say, and how much of it is masked."""
+    places = [len(prefix) + i for i, label in enumerate(labels) if label >= 0]
+    learned, length = tokenizer.decode([label for label in labels if label >= 0]), len(prefix) + len(input_ids)
+    masked = 1 - len(places) / length
+    print(f"row {name}: {length} tokens, learned {places[0]}–{places[-1]}: {learned!r}, masked {masked:.1%}")
+
+
+def print_parameters(model) -> None:
+    """A table of all and of trainable parameters by component."""
+    everything, trainable = Counter(), Counter()
+    for name, p in model.named_parameters():
+        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+        everything[part] += p.numel()
+        trainable[part] += p.numel() * p.requires_grad
+    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
+    for part in everything:
+        print(f"{part:<24}{everything[part]:>16,}{trainable[part]:>16,}")
+    n, t = everything.total(), trainable.total()
+    print(f"{'without LoRA':<24}{n - everything['LoRA']:>16,}{t - trainable['LoRA']:>16,}")
+    print(f"{'total':<24}{n:>16,}{t:>16,}  ({t / n:.2%})")
 
 
 def fingerprint(values) -> str:

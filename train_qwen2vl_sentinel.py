@@ -671,63 +671,16 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
             "tokens": sum(len(tree) for tree in trees[split]),
             "learned_tokens": sum(tree.learned() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
-            "not_among_candidates": sum(not answerable(row) for row in splits[split]),
+            "not_among_candidates": sum(not common.answerable(vars(row)) for row in splits[split]),
         }
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
-    print_learned(trees["train"] or trees[args.eval_split], text)
+    for tree in (trees["train"] or trees[args.eval_split])[:5]:
+        runtime.print_learned(text.tokenizer, tree.ids[0], tree.prefix, *tree.branches[0])
     report = {"splits": counts, **text.report}
     runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
     if not (args.eval_only or args.check or splits["train"]):
         raise SystemExit(f"--data {data}: no training rows")
     return splits, trees
-
-
-def answerable(row: Row) -> bool:
-    """Can an answer restricted to the row's candidates be right?"""
-    right = (common.score_answer(c, row.answer, row.question_type)["exact"] for c in row.candidates or [])
-    return not row.candidates or row.answer in row.candidates or any(right)
-
-
-def print_first_row(row: Row, text) -> None:
-    """A row as the model sees it: green learned, grey masked, blue media."""
-    prefix, input_ids, labels = encode_row(row, text)
-    before = text.tokenizer.decode([t for t in prefix if t != text.image_id])
-    media = f"{prefix.count(text.image_id)} x {text.tokenizer.convert_ids_to_tokens(text.image_id)}"
-    shown = [f"\033[90m{before}\033[0m", f"\033[34m[{media}]\033[0m"]
-    for piece, label in zip(text.tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
-        shown.append(f"\033[{90 if label == IGNORE else 32}m{piece}\033[0m")
-    print(f"row {row.id}, learned green, masked grey, media blue:\n{' '.join(shown)}")
-
-
-def print_learned(prompts: list[Prompt], text, rows: int = 5) -> None:
-    """Where the labels of the first rows stand, what they say, and how much of the row is masked."""
-    for tree in prompts[:rows]:
-        input_ids, labels = tree.branches[0]
-        places = [len(tree.prefix) + i for i, label in enumerate(labels) if label != IGNORE]
-        learned = text.tokenizer.decode([label for label in labels if label != IGNORE])
-        length = len(tree.prefix) + len(input_ids)
-        print(
-            f"row {tree.ids[0]}: {length} tokens, learned {places[0]}–{places[-1]}: {learned!r}, "
-            f"masked {1 - len(places) / length:.1%}"
-        )
-
-
-def count_parameters(folder: Path, args) -> None:
-    """A table by component, from the configuration alone: nothing is read or allocated."""
-    with torch.device("meta"):
-        vlm = meta_model(folder)
-        prepare(vlm, args)
-    table = Counter(), Counter()
-    for name, p in vlm.named_parameters():
-        part = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
-        table[0][part] += p.numel()
-        table[1][part] += p.numel() * p.requires_grad
-    print(f"{'component':<24}{'all':>16}{'trainable':>16}")
-    for part, count in table[0].items():
-        print(f"{part:<24}{count:>16,}{table[1][part]:>16,}")
-    everything, trainable = sum(table[0].values()), sum(table[1].values())
-    print(f"{'without LoRA':<24}{everything - table[0]['LoRA']:>16,}{trainable - table[1]['LoRA']:>16,}")
-    print(f"{'total':<24}{everything:>16,}{trainable:>16,}  ({trainable / everything:.2%})")
 
 
 def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype) -> None:
@@ -948,7 +901,10 @@ def main(argv=None) -> None:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     if args.count_params:
-        count_parameters(runtime.model_folder(args.model, weights=False), args)
+        with torch.device("meta"):
+            vlm = meta_model(runtime.model_folder(args.model, weights=False))
+            prepare(vlm, args)
+        runtime.print_parameters(vlm)
         return
     with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
         checkpoint = None
@@ -973,7 +929,8 @@ def main(argv=None) -> None:
             return
         splits, trees = check_data(Path(args.data), args, text, faults)
         if args.check:
-            print_first_row(next(rows[0] for rows in splits.values() if rows), text)
+            row = next(rows[0] for rows in splits.values() if rows)
+            runtime.print_row(text.tokenizer, row.id, *encode_row(row, text), text.image_id)
             print("check passed")
             return
         run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), text))

@@ -316,7 +316,7 @@ def test_candidates_come_from_the_row_the_question_or_training(tmp_path):
         "test5": ("own", ["yes", "maybe"]),
     }
     assert rows["train2"].candidates == ["Pink", "blue"]
-    assert [script.answerable(rows[f"test{i}"]) for i in range(6)] == [False, True, True, True, True, True]
+    assert [common.answerable(vars(rows[f"test{i}"])) for i in range(6)] == [False, True, True, True, True, True]
 
 
 def test_test_answers_never_become_candidates(tmp_path):
