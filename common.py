@@ -801,25 +801,38 @@ def answer_candidates(question: str, type: str) -> list[str] | None:
 def question_fields(entry: dict) -> dict:
     """question, answer, question_type and candidates of a data row, the last two inferred where it does not say.
 
-    Raises ValueError where question or answer is empty, or the answer none of the row's own answer_candidates.
+    Raises ValueError where question or answer is empty, or a type or candidates are given that are none. An answer
+    that is none of the candidates is no fault, see `answerable`: left out, such rows would raise the accuracy.
     """
     question, answer = entry.get("question"), entry.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty")
-    if answer is None or not str(answer).strip() or str(answer).strip().lower() == "nan":
+    if answer is None or _says_nothing(answer):
         raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
-    kind, candidates = entry.get("question_type") or question_type(question), entry.get("answer_candidates")
-    if candidates is not None:
-        if not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates):
-            raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
-        if normalise(answer) not in map(normalise, candidates):
-            raise ValueError(f"the answer {answer!r} is none of its answer_candidates {candidates}")
+    kind, candidates = entry.get("question_type"), entry.get("answer_candidates")
+    if kind is None:
+        kind = question_type(question)
+    if not isinstance(kind, str) or not kind.strip():
+        raise ValueError(f"question_type must be a text: {kind!r}")
+    usual = re.sub(r"\W+", "_", kind.strip().lower())  # "Yes/No" would be a type of its own, without candidates
+    if kind != usual and usual in {"open_ended", "mcq", *(name for name, _ in TYPE_PATTERNS)}:
+        raise ValueError(f"question_type {kind!r}: spell it {usual!r}")
+    if candidates is not None and (
+        not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates)
+    ):
+        raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
     return {
         "question": question.strip(),
         "answer": str(answer).strip(),
         "question_type": kind,
         "candidates": candidates or answer_candidates(question, kind),
     }
+
+
+def _says_nothing(answer) -> bool:
+    """Is it "nan", or without letters and digits? Such an answer can be neither learned nor scored."""
+    members = _members(answer)
+    return members == {"nan"} or not re.search(r"\w", "".join(members))
 
 
 def answerable(row: dict) -> bool:
@@ -936,7 +949,7 @@ def score_answer(prediction, answer, type: str) -> dict[str, bool]:
     Raises ValueError for an answer that is None, "nan" or without letters and digits: never score such a row.
     """
     true, predicted = _members(answer), _members(prediction)
-    if true == {"nan"} or not re.search(r"\w", "".join(true)):
+    if _says_nothing(answer):
         raise ValueError(f"the true answer is empty ({answer!r}): correct this row or leave it out by name")
     exact = tolerant = predicted == true
     if type == "mcq" and predicted and not exact:

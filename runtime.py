@@ -138,7 +138,7 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
         default="free",
         help="answers: greedy, greedy among the allowed, or the likeliest of the allowed",
     )
-    add("--max-answer-tokens", type=positive, default=64, help="limit of a free answer (default: %(default)s)")
+    add("--max-answer-tokens", type=positive, default=64, help="most tokens of a free answer (default: %(default)s)")
 
     add = parser.add_argument_group("modes instead of training").add_argument
     add("--check", action="store_true", help="prove the data, write check.json, exit")
@@ -679,7 +679,10 @@ def image_processor(folder: Path):
             kind = config.get("image_processor", config).get("image_processor_type")
             if kind:
                 kind = kind.removesuffix("Fast").removesuffix("Pil")
-                return getattr(transformers, f"{kind}Pil").from_pretrained(folder)
+                found = getattr(transformers, f"{kind}Pil", None)
+                if found is None:
+                    raise SystemExit(f"--model {folder}: transformers has no {kind}Pil ({name}: image_processor_type)")
+                return found.from_pretrained(folder)
     raise SystemExit(f"--model {folder}: no preprocessor_config.json that names an image_processor_type")
 
 
@@ -741,15 +744,13 @@ def data_files(data: Path) -> dict[str | None, Path]:
         raise SystemExit(f"--data {data}: one file a split, not {', '.join(path.name for path in found)}")
     whole = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
     if len(whole) != 1 and not files:
-        raise SystemExit(
-            f"--data {data}: no train/val/test.jsonl, no single .jsonl or .json file, no seq_*/vqa folders"
-        )
+        raise SystemExit(f"--data {data}: neither train/val/test.jsonl nor a single .jsonl or .json file")
     return files or {None: whole[0]}
 
 
-def split_of(image: str) -> str:
-    """70/15/15 by image, from its name alone: adding rows later moves none of the others."""
-    share = random.Random(image).random()
+def split_of(group: str) -> str:
+    """70/15/15 by image or patient, from the name alone: adding rows later moves none of the others."""
+    share = random.Random(group).random()
     return "train" if share < 0.70 else "val" if share < 0.85 else "test"
 
 

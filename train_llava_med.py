@@ -133,16 +133,17 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, history=())
     wrong = runtime.misspelt(entry, FIELDS)
     if wrong:
         raise ValueError(wrong)
-    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f)), None)
+    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f) not in (None, "")), None)
     if name is None:
         raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
     image = runtime.find_image(data, name)
+    group = str(image if entry.get("group") in (None, "") else entry["group"])
     return Row(
         where=where,
-        split=split or runtime.split_of(image),
-        id=str(entry.get("id") or where),
+        split=split or runtime.split_of(group),
+        id=str(where if entry.get("id") in (None, "") else entry["id"]),
         image=image,
-        group=str(entry.get("group") or image),
+        group=group,
         history=list(history),
         **common.question_fields(entry),
     )
@@ -639,6 +640,8 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
 
     Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
     """
+    if args.sentinels == "keep" and args.decode != "free":
+        raise SystemExit("--sentinels keep: where an answer ends is not learned there; only --decode free is possible")
     rows, faults = read_data(data, args)
     found, text.measured = runtime.check_media(data, rows, measure)
     faults += found
@@ -657,6 +660,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
             "learned_tokens": sum(tree.learned() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
             "not_among_candidates": sum(not common.answerable(vars(row)) for row in splits[split]),
+            "longer_than_limit": longer_than_limit(splits[split], trees[split], args),
         }
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
     for tree in (trees["train"] or trees[args.eval_split])[:5]:
@@ -666,6 +670,14 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     if not (args.eval_only or args.check or splits["train"]):
         raise SystemExit(f"--data {data}: no training rows")
     return splits, trees
+
+
+def longer_than_limit(rows: list[Row], prompts: list[Prompt], args) -> int:
+    """How many answers are too long for answer_limit, EOS not counted: given freely they can never be right."""
+    learned = {
+        name: sum(label != IGNORE for label in b[1]) for t in prompts for name, b in zip(t.ids, t.branches, strict=True)
+    }
+    return sum(learned[row.id] - 1 > answer_limit(row, args) for row in rows if row.id in learned)
 
 
 def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype) -> None:
@@ -705,7 +717,10 @@ def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
 
 def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
-    few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
+    # a candidate may be longer than any answer, which all fit
+    longest = max((len(tree.prefix) + len(ids) for tree in prompts for ids, _ in tree.branches), default=0)
+    some = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
+    few = Steps(some, max(run.args.pack_tokens, longest), run.read_media)
     for rows in start_loader(few, run.args.workers):
         if isinstance(rows, ValueError):
             raise SystemExit(f"{rows}. Mend the file and start again")
@@ -890,7 +905,8 @@ def main(argv=None) -> None:
         return
     with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
         checkpoint = None
-        if args.eval_only or args.merge:
+        replay = args.only_ids and args.resume not in ("auto", "none")
+        if args.eval_only or args.merge or replay:
             checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
             if checkpoint is None:
                 raise SystemExit(
@@ -911,7 +927,9 @@ def main(argv=None) -> None:
             return
         splits, trees = check_data(Path(args.data), args, text, faults)
         if args.check:
-            row = next(rows[0] for rows in splits.values() if rows)
+            row = next((rows[0] for rows in splits.values() if rows), None)
+            if row is None:
+                raise SystemExit("no row is left")
             runtime.print_row(text.tokenizer, row.id, *encode_row(row, text), text.image_id)
             print("check passed")
             return

@@ -13,7 +13,8 @@ The type and the allowed answers are inferred where a row does not say. The mode
 
     make demo SCRIPT=qwen2vl_sentinel                                        # on a CPU, from nothing; or by hand:
     python demo.py qwen2vl_sentinel && python train_qwen2vl_sentinel.py --model runs/demo/qwen2vl_sentinel/model \\
-        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 8
+        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 6 \\
+        --pack-tokens 1024
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN                    # one GPU
     torchrun --standalone --nproc-per-node 4 train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN
@@ -23,6 +24,8 @@ The type and the allowed answers are inferred where a row does not say. The mode
 What the demo must reach, and what each figure means, is in README.md.
 """
 
+import functools
+import json
 import math
 import random
 import shutil
@@ -59,7 +62,7 @@ LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp
 VISION_PATTERN = r"model\.visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|merger\.mlp\.[02])"
 OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels"]  # flags of this script alone that a checkpoint is bound to
 # the most tokens of a free answer, by question type; of any other, --max-answer-tokens
-MAX_ANSWER_TOKENS = {"yes_no": 8, "color": 16, "size_numeric": 16, "count_numeric": 8, "mcq": 32}
+MAX_ANSWER_TOKENS = {"yes_no": 8, "color": 32, "size_numeric": 32, "count_numeric": 16, "mcq": 32}
 
 
 def parse_arguments(argv):
@@ -102,10 +105,9 @@ FIELDS = {*IMAGE_FIELDS, "id", "question", "answer", "question_type", "answer_ca
 
 def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder with their allowed answers, and the rows that cannot be used."""
-    read = (row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split))
-    rows, problems = runtime.choose_rows(read, args)
-    allow_training_answers(rows)
-    return rows, problems
+    read = [row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split)]
+    allow_training_answers([row for row in read if isinstance(row, Row)])  # of all, before --limit chooses
+    return runtime.choose_rows(read, args)
 
 
 def read_file(data: Path, path: Path, split: str | None):
@@ -126,19 +128,22 @@ def make_row(data: Path, where: str, entry: dict, split: str | None) -> Row:
     wrong = runtime.misspelt(entry, FIELDS)
     if wrong:
         raise ValueError(wrong)
-    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f)), None)
+    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f) not in (None, "")), None)
     if name is None:
         raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
     image = runtime.find_image(data, name)
+    if split is None:
+        runtime.inside(data, image)  # a path that is only guessed could fall into another split
+    group = str(image if entry.get("group") in (None, "") else entry["group"])
     # the tokenizer composes accents (NFC): what is learned must equal what is asked for
     composed = {k: unicodedata.normalize("NFC", v) if isinstance(v, str) else v for k, v in entry.items()}
     return Row(
         where=where,
-        split=split or runtime.split_of(image),
-        id=str(entry.get("id") or where),
+        split=split or runtime.split_of(group),
+        id=str(where if entry.get("id") in (None, "") else entry["id"]),
         image=image,
         inferred=entry.get("answer_candidates") is None,
-        group=str(entry.get("group") or image),
+        group=group,
         **common.question_fields(composed),
     )
 
@@ -146,46 +151,58 @@ def make_row(data: Path, where: str, entry: dict, split: str | None) -> Row:
 def allow_training_answers(rows: list[Row]) -> None:
     """Complete inferred candidates from the training rows, in place.
 
-    A color may be any that training answers. A yes_no question may be answered by yes, by no, and by what training
-    answers to its very words: to "Have all polyps been removed?" that may be "not relevant". Where training spells
-    an answer in one way, such as "Yes", that spelling is the candidate: it is what the model has learned.
+    A color may be any that training answers. A yes_no question or an mcq may also be answered by what training answers
+    to its very words: to "Have all polyps been removed?" that may be "not relevant". Training's spelling of an answer,
+    such as "Yes", takes the place of ours: it is what the model has learned.
     """
-    spellings = defaultdict(Counter)  # (type, normalised answer) -> how often training spells it in which way
-    answered = defaultdict(dict)  # the type color, or a yes_no question's own words -> normalised answers
+    normalise = functools.cache(common.normalise)  # the same few answers over and over
+    training = [row for row in rows if row.split == "train"]
+    colors = dict.fromkeys(row.answer for row in training if row.question_type == "color")
+    answers, spellings = defaultdict(dict), defaultdict(Counter)
+    for row in training:
+        answers[row.question.lower()][row.answer] = None
+        spellings[row.question_type, normalise(row.answer)][row.answer] += 1
     for row in rows:
-        if row.split == "train":
-            short = common.normalise(row.answer)
-            spellings[row.question_type, short][row.answer] += 1
-            answered["color" if row.question_type == "color" else row.question.lower()][short] = None
-    for row in rows:
-        if row.inferred and row.question_type in ("yes_no", "color"):
-            known = answered["color" if row.question_type == "color" else row.question.lower()]
-            allowed = dict.fromkeys([*(row.candidates or []), *known])
-            spelled = (spellings.get((row.question_type, short)) for short in allowed)
-            row.candidates = [s.most_common(1)[0][0] if s else a for a, s in zip(allowed, spelled, strict=True)] or None
+        if row.inferred and row.question_type in ("yes_no", "color", "mcq"):
+            known = colors if row.question_type == "color" else answers[row.question.lower()]
+            allowed = {}  # normalised -> as training spells it most often, or as it is
+            for answer in [*(row.candidates or []), *known]:
+                short = normalise(answer)
+                spelled = spellings.get((row.question_type, short), Counter([answer]))
+                allowed.setdefault(short, spelled.most_common(1)[0][0])
+            if row.candidates or row.question_type == "color":  # an mcq whose options cannot be told stays free
+                row.candidates = list(allowed.values()) or None
+    if not training:
+        print("no training rows: color questions are answered freely, others by yes, no or their options alone")
 
 
 def enrich(source: Path, target: Path) -> None:
     """Write the rows of a file again, each with its question_type and, where there are some, its answer_candidates.
 
     What training answers is read from the file itself, or for val.jsonl and test.jsonl from train.jsonl beside it,
-    never from the rows that are to be answered.
+    never from the rows that are to be answered. A row with a fault is left as it is, for --check to report.
     """
     split = source.stem if source.stem in ("train", "val", "test") else None
-    beside = source.with_name("train.jsonl") if split in ("val", "test") else None
-    rows = list(read_file(source.parent, source, split))
-    rows += read_file(source.parent, beside, "train") if beside and beside.is_file() else []
-    problems = [row for row in rows if isinstance(row, Problem)]
+    files = [source, source.with_name("train.jsonl")] if split in ("val", "test") else [source]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise SystemExit(f"--enrich {source}: {' and '.join(missing)} missing; colors are those that training answers")
+    entries, problems = runtime.read_jsonl(source)
     if problems:
-        raise SystemExit("\n".join([*map(str, problems), f"{len(problems)} faults; nothing was written"]))
-    allow_training_answers(rows)
-    entries, _ = runtime.read_jsonl(source)
+        raise SystemExit("\n".join([*map(str, problems), "nothing was written"]))
+    rows = list(read_file(source.parent, source, split))
+    known = [row for path in files[1:] for row in read_file(source.parent, path, "train")]
+    allow_training_answers([row for row in rows + known if isinstance(row, Row)])
     written = []
-    for (_, entry), row in zip(entries, rows[: len(entries)], strict=True):
-        found = {"question_type": row.question_type, "answer_candidates": row.candidates}
+    for (_, entry), row in zip(entries, rows, strict=True):
+        found = {}
+        if isinstance(row, Problem):
+            print(f"left as it is: {row}")
+        else:
+            found = {"question_type": row.question_type, "answer_candidates": row.candidates}
         written.append({**entry, **{name: value for name, value in found.items() if value and not entry.get(name)}})
     runtime.write_jsonl(target, written)
-    counts = Counter(row.question_type for row in rows[: len(entries)])
+    counts = Counter(row.question_type for row in rows if isinstance(row, Row))
     print(f"{target}: {len(written)} rows; " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
 
 
@@ -230,8 +247,9 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     """Tokenizer, image processor and position function, and the faults of the checkpoint's own files."""
     vlm = meta_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise SystemExit(f"--model {folder}: no chat template; copy chat_template.jinja from the original checkpoint")
+    older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
+    if older.is_file() and not (folder / "chat_template.jinja").is_file():
+        tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
     problems, image_id = [], None
     try:
         image_id = find_image_token(tokenizer, vlm.config)
@@ -251,8 +269,12 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
             raise SystemExit(f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own")
     args.min_pixels = args.min_pixels or processor.size["shortest_edge"]
     args.max_pixels = args.max_pixels or processor.size["longest_edge"]
-    if args.min_pixels > args.max_pixels:
-        raise SystemExit(f"--min-pixels {args.min_pixels} is more than --max-pixels {args.max_pixels}")
+    token = (processor.patch_size * processor.merge_size) ** 2
+    if not token <= args.min_pixels <= args.max_pixels:
+        text = (
+            f"--min-pixels {args.min_pixels} and --max-pixels {args.max_pixels} (where not given, the checkpoint's own)"
+        )
+        raise SystemExit(f"{text}: the first must be at least {token}, a token's, and at most the second")
     processor.size["shortest_edge"], processor.size["longest_edge"] = args.min_pixels, args.max_pixels
     report = {"image_token": image_id, "pixels": [args.min_pixels, args.max_pixels], "pad": pad_line}
     keep = args.sentinels == "keep"
@@ -263,7 +285,11 @@ def find_image_token(tokenizer, config) -> int:
     """The configuration's image token, which must be the one that the chat template writes for an image."""
     image_id = common.image_token_id(config)
     token = tokenizer.convert_ids_to_tokens(image_id)
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    except Exception as error:  # there is none, or it is made for text alone: a template raises what it likes
+        text = f"no chat template that writes images ({error}); copy chat_template.jinja from the original checkpoint"
+        raise SystemExit(f"--model {tokenizer.name_or_path}: {text}") from None
     if not token or tokenizer.encode(rendered, add_special_tokens=False).count(image_id) != 1:
         raise ValueError(f"the chat template does not write token {image_id} ({token!r}) for an image but {rendered!r}")
     return image_id
@@ -432,11 +458,11 @@ def prepare(vlm: Qwen2VLForConditionalGeneration, args) -> None:
 
 def meta_model(folder: Path) -> Qwen2VLForConditionalGeneration:
     """The model from its configuration alone, without weights."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in MODELS:
-        raise SystemExit(f"--model {folder}: model_type {config.model_type!r}, not one of {', '.join(MODELS)}")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in MODELS:
+        raise SystemExit(f"--model {folder}: model_type {kind!r}, not one of {', '.join(MODELS)}")
     with torch.device("meta"):
-        return MODELS[config.model_type](config)
+        return MODELS[kind](AutoConfig.from_pretrained(folder))
 
 
 def load_model(folder: Path, args, text: Text, dtype) -> Qwen2VL:
@@ -654,6 +680,8 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
 
     Returns the rows and the trees by split. Faults end the program, listed all at once, before weights are read.
     """
+    if args.sentinels == "keep" and args.decode != "free":
+        raise SystemExit("--sentinels keep: where an answer ends is not learned there; only --decode free is possible")
     rows, faults = read_data(data, args)
     found, text.measured = runtime.check_media(data, rows, measure)
     faults += found
@@ -672,6 +700,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
             "learned_tokens": sum(tree.learned() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
             "not_among_candidates": sum(not common.answerable(vars(row)) for row in splits[split]),
+            "longer_than_limit": longer_than_limit(splits[split], trees[split], args),
         }
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
     for tree in (trees["train"] or trees[args.eval_split])[:5]:
@@ -681,6 +710,14 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     if not (args.eval_only or args.check or splits["train"]):
         raise SystemExit(f"--data {data}: no training rows")
     return splits, trees
+
+
+def longer_than_limit(rows: list[Row], prompts: list[Prompt], args) -> int:
+    """How many answers are too long for answer_limit, EOS not counted: given freely they can never be right."""
+    learned = {
+        name: sum(label != IGNORE for label in b[1]) for t in prompts for name, b in zip(t.ids, t.branches, strict=True)
+    }
+    return sum(learned[row.id] - 1 > answer_limit(row, args) for row in rows if row.id in learned)
 
 
 def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype) -> None:
@@ -720,7 +757,10 @@ def mean_loss(model, prompts: list[Prompt], run: Run) -> float:
 
 def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
-    few = Steps([prompts[i : i + 16] for i in range(0, len(prompts), 16)], run.args.pack_tokens, run.read_media)
+    # a candidate may be longer than any answer, which all fit
+    longest = max((len(tree.prefix) + len(ids) for tree in prompts for ids, _ in tree.branches), default=0)
+    some = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
+    few = Steps(some, max(run.args.pack_tokens, longest), run.read_media)
     for rows in start_loader(few, run.args.workers):
         if isinstance(rows, ValueError):
             raise SystemExit(f"{rows}. Mend the file and start again")
@@ -908,7 +948,8 @@ def main(argv=None) -> None:
         return
     with runtime.program(args, own=not (args.check or args.merge)) as (device, dtype, stop):
         checkpoint = None
-        if args.eval_only or args.merge:
+        replay = args.only_ids and args.resume not in ("auto", "none")
+        if args.eval_only or args.merge or replay:
             checkpoint = runtime.find_checkpoint(Path(args.out or ""), args.resume)
             if checkpoint is None:
                 raise SystemExit(
@@ -929,7 +970,9 @@ def main(argv=None) -> None:
             return
         splits, trees = check_data(Path(args.data), args, text, faults)
         if args.check:
-            row = next(rows[0] for rows in splits.values() if rows)
+            row = next((rows[0] for rows in splits.values() if rows), None)
+            if row is None:
+                raise SystemExit("no row is left")
             runtime.print_row(text.tokenizer, row.id, *encode_row(row, text), text.image_id)
             print("check passed")
             return

@@ -142,6 +142,8 @@ def main() -> None:
             f"{name:<20} {table[name]['questions_per_s']:8.1f} questions/s   ours is {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f}–{max(ratios):.2f}) times as fast   same answers {same} of {len(rows)}"
         )
+    if any(side["same"] < len(rows) for side in table.values()):
+        raise SystemExit("the answers differ: this compares two different things")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(vars(SimpleNamespace(table=table, seconds=seconds)), indent=2) + "\n")

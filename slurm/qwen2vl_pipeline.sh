@@ -8,8 +8,8 @@
 #
 #   check      every row is built and decoded again; no weights are read
 #   overfit    OVERFIT rows (64) are learned by heart, or nothing else is started
-#   train      the run itself; it ends with answers to the validation split
-#   evaluate   answers to the test split, and the table by question type: logs/qwen2vl_evaluate_JOB.out
+#   train      the run itself; it ends with answers to the validation split, whose table stays in its log
+#   evaluate   answers to the test split; their table: logs/qwen2vl_evaluate_JOB.out, and OUT/results.json
 set -euo pipefail
 script=$(dirname "${BASH_SOURCE[0]}")/qwen2vl_sentinel.sh
 flags=("$@")
@@ -17,7 +17,7 @@ flags=("$@")
 submit() { # submit NAME JOB_BEFORE FLAG…
     # shellcheck disable=SC2086 # SBATCH is several words
     sbatch --parsable --job-name="qwen2vl_$1" ${2:+--dependency=afterok:$2 --kill-on-invalid-dep=yes} ${SBATCH:-} \
-        "$script" "${flags[@]}" "${@:3}"
+        "$script" "${flags[@]}" "${@:3}" | cut -d ";" -f 1 # JOB;CLUSTER where there are several clusters
 }
 
 check=$(submit check "" --check)

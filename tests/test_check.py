@@ -127,7 +127,9 @@ TRAIN_FAULTS = {
     "placeholder in question": (change(question="Is <image> red?"), "the text contains '<image>'"),
     "eos in question": (change(question="Is </s> red?"), "the text contains '</s>'"),
     "sentinel in answer": (change(answer="a</ANS>b", answer_candidates=None), "the text contains '</ANS>'"),
-    "answer not allowed": (change(answer="maybe", answer_candidates=["yes", "no"]), "none of its answer_candidates"),
+    "answer without a letter": (change(answer="-", answer_candidates=None), "the answer is empty ('-')"),
+    "type that is no text": (change(question_type=3), "question_type must be a text: 3"),
+    "type in other letters": (change(question_type="Yes/No"), "question_type 'Yes/No': spell it 'yes_no'"),
     "empty candidate": (change(answer="yes", answer_candidates=["yes", "no", ""]), "answer_candidates"),
     "candidates as text": (change(answer="no", answer_candidates="no"), "answer_candidates"),
     "candidate with eos": (change(answer="no", answer_candidates=["no", "</s>"]), "the text contains '</s>'"),
@@ -287,7 +289,7 @@ def test_data_that_are_nowhere_are_refused(folder):
     shutil.rmtree(folder / "data")
     assert refused(folder, folder / "run", *CHECK) == f"--data {folder / 'data'}: no such folder"
     (folder / "data").mkdir()
-    assert "no train/val/test.jsonl" in refused(folder, folder / "run", *CHECK)
+    assert "neither train/val/test.jsonl nor" in refused(folder, folder / "run", *CHECK)
 
 
 # ------------------------------------------------------------------------------------------------------------

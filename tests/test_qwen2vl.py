@@ -205,7 +205,7 @@ def asked(data, trees, decode: str) -> tuple:
 
 
 @torch.no_grad()
-def test_free_answers_are_token_for_token_what_generate_gives(data):
+def test_free_answers_are_what_generate_gives(data):
     trees = mixed_trees(data, 12, 6)
     model, found = asked(data, trees, "free")
     rows = {row.id: row for row in data.rows}
@@ -353,12 +353,54 @@ def test_enrich_writes_types_and_candidates_and_a_row_s_own_value_wins(tmp_path)
     ]
 
 
-def test_enrich_names_faults_and_writes_nothing(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"image": "a.jpg", "question": "Is it?", "answer": null}\n{broken\n')
+def test_enrich_changes_no_row_with_a_fault_and_loses_none(tmp_path, capsys):
+    rows = [{"image": "a.jpg", "question": "Is it?", "answer": answer} for answer in (None, "yes")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script.main(["--enrich", *[str(tmp_path / "train.jsonl")] * 2])
+    enriched = {**rows[1], "question_type": "yes_no", "answer_candidates": ["yes", "no"]}
+    assert read_lines(tmp_path / "train.jsonl") == [rows[0], enriched]
+    assert "left as it is: train.jsonl:1: the answer is empty (None)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [("train.jsonl", "{broken"), ("test.jsonl", "{}"), ("missing.jsonl", None)])
+def test_enrich_writes_nothing_where_it_cannot_know(tmp_path, name, text):
+    """A line that is no JSON; test questions without the training answers beside them; no file."""
+    if text:
+        (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as caught:
-        script.main(["--enrich", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
-    assert "in.jsonl:1: the answer is empty" in caught.value.code and "in.jsonl:2: not a JSON" in caught.value.code
+        script.main(["--enrich", str(tmp_path / name), str(tmp_path / "out.jsonl")])
+    assert isinstance(caught.value.code, str) and name in caught.value.code
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_enriching_changes_no_result(tmp_path):
+    """What is inferred counts the same once it is written into the rows: none of them becomes a fault."""
+    rows_of(tmp_path, train=[("What color is it?", "red", {})], test=[("What color is it?", "green", {})])
+    for name in ("train.jsonl", "test.jsonl"):
+        script.main(["--enrich", *[str(tmp_path / name)] * 2])
+    rows, problems = script.read_data(tmp_path, SimpleNamespace(only_ids=None, limit=None))
+    assert problems == []
+    assert [(row.candidates, common.answerable(vars(row))) for row in rows] == [(["red"], True), (["red"], False)]
+
+
+def test_candidates_do_not_depend_on_the_limit(tmp_path):
+    train = [("How many?", "1", {}), ("What color is it?", "red", {}), ("What color is it?", "blue", {})]
+    rows_of(tmp_path, train=train, test=[("What color is it?", "blue", {})])
+    rows, _ = script.read_data(tmp_path, SimpleNamespace(only_ids=None, limit=1))
+    assert [(row.split, row.candidates) for row in rows] == [("train", None), ("test", ["red", "blue"])]
+
+
+def test_a_single_file_is_split_by_patient(tmp_path):
+    """Several images of one patient: drawn image by image, they would fall into different splits."""
+    image = {"question": "Is it?", "answer": "yes"}
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").touch()
+    lines = [json.dumps({**image, "id": i, "image": f"{i}.jpg", "group": i // 5}) for i in range(30)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    rows, problems = script.read_data(tmp_path, SimpleNamespace(only_ids=None, limit=None))
+    assert (problems, len(rows), rows[0].id, rows[0].group) == ([], 30, "0", "0")
+    splits = [{row.split for row in rows if row.group == str(g)} for g in range(6)]
+    assert {len(found) for found in splits} == {1} and len(set.union(*splits)) > 1
 
 
 # --- faults of checkpoint and data -----------------------------------------------------------------------------
@@ -389,6 +431,57 @@ def test_a_processor_that_cuts_other_patches_than_the_tower_is_refused(copy, tmp
 def test_another_model_is_refused_by_name(copy, tmp_path):
     (copy / "model/config.json").write_text('{"model_type": "llama"}')
     assert "model_type 'llama', not one of qwen2_vl, qwen2_5_vl" in refused(copy, tmp_path / "out", "--check")
+
+
+def test_files_are_read_as_published(copy, tmp_path, qwen_folder):
+    """The template in chat_template.json, one for text alone in tokenizer_config.json, and pixels without a size."""
+    model = copy / "model"
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    text_alone = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    change(model / "tokenizer_config.json", chat_template=text_alone)
+    processor = json.loads((model / "preprocessor_config.json").read_text())
+    size = processor.pop("size")
+    pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    (model / "preprocessor_config.json").write_text(json.dumps(processor | pixels))
+    for folder, out in ((copy, "published"), (qwen_folder, "ours")):
+        run(folder, tmp_path / out, "--check")
+    assert read_lines_of_check(tmp_path / "published") == read_lines_of_check(tmp_path / "ours")
+
+    (model / "chat_template.json").unlink()
+    assert "no chat template that writes images" in refused(copy, tmp_path / "out", "--check")
+
+
+def read_lines_of_check(out) -> dict:
+    check = json.loads((out / "check.json").read_text())
+    return {**check["splits"], "pixels": check["pixels"]}
+
+
+def test_pixels_that_hold_no_token_are_refused(qwen_folder, tmp_path):
+    for flags in (["--max-pixels", 2000], ["--min-pixels", 5, "--max-pixels", 5]):
+        assert "the first must be at least 784, a token's" in refused(qwen_folder, tmp_path, "--check", *flags)
+
+
+def test_kept_sentinels_allow_no_restricted_answers(qwen_folder, tmp_path):
+    assert "where an answer ends is not learned there" in refused(qwen_folder, tmp_path, "--sentinels", "keep")
+    run(qwen_folder, tmp_path, *SMALL, "--sentinels", "keep", "--decode", "free", "--max-steps", 1)
+
+
+def test_answers_longer_than_their_limit_are_counted(qwen_folder, tmp_path, capsys):
+    run(qwen_folder, tmp_path, "--check", "--max-answer-tokens", 1)
+    counts = json.loads((tmp_path / "check.json").read_text())["splits"]["test"]
+    assert 0 < counts["longer_than_limit"] < counts["questions"]
+    assert f"{counts['longer_than_limit']} longer_than_limit" in capsys.readouterr().out
+
+
+def test_a_candidate_longer_than_a_row_is_scored_all_the_same(copy, tmp_path):
+    path = copy / "data/test.jsonl"
+    rows = read_lines(path)
+    rows[0]["answer_candidates"] = [rows[0]["answer"], "a very long answer " * 40]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(copy, tmp_path / "out", *SMALL, "--decode", "score", "--max-steps", 1, "--pack-tokens", 256)
+    assert len(read_lines(tmp_path / "out/predictions.jsonl")[0]["probabilities"]) == 2
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|vision_start|>", "<|im_end|>", "<ANS>"])
@@ -436,7 +529,7 @@ def test_five_rows_are_shown_with_what_they_learn(qwen_folder, tmp_path, capsys)
         assert f"'{row['answer']}<|im_end|>'" in line
 
 
-def test_adapters_of_the_tower_learn_and_all_else_stays(qwen_folder, trained):
+def test_adapters_of_the_tower_and_the_language_model_learn(qwen_folder, trained):
     names = {key.rpartition(".lora_")[0] for _, key in read_tensors(trained / "adapter") if key.endswith("B.weight")}
     assert any("visual.blocks.0.attn.qkv" in name for name in names) and any("merger.mlp.2" in name for name in names)
     assert any("language_model.layers.0.self_attn.q_proj" in name for name in names)
@@ -463,6 +556,15 @@ def test_pixels_are_recorded_and_enforced_when_answering(qwen_folder, trained, t
         assert f"max_pixels {112 * 140} (from {tmp_path}" in capsys.readouterr().out
         answers.append(read_lines(tmp_path / "predictions.jsonl"))
     assert answers[0] == answers[1] == read_lines(trained / "predictions.jsonl")
+
+
+def test_a_replay_sees_images_as_the_checkpoint_did(qwen_folder, trained, tmp_path, capsys):
+    rows = metrics_of(trained)[3]
+    (tmp_path / "ids").write_text("\n".join(rows["ids"]))
+    flags = ["--only-ids", tmp_path / "ids", "--resume", trained / "checkpoints/step-00000004", "--max-steps", 1]
+    run(qwen_folder, tmp_path / "replay", *flags, "--lora-dropout", 0, "--max-answer-tokens", 4)
+    assert f"max_pixels {112 * 140} (from {trained}" in capsys.readouterr().out
+    assert metrics_of(tmp_path / "replay")[0]["loss"] < rows["loss"]
 
 
 def test_other_pixels_make_it_another_run(qwen_folder, trained, tmp_path):
@@ -546,7 +648,7 @@ def test_count_params_gives_the_published_totals(tmp_path, capsys, name):
 def test_answers_of_every_kind_are_learned_character_for_character_with_the_checkpoint_s_tokenizer(data):
     """The demo's own tokenizer merges ">" with what follows, as the real one does."""
     tokenizer = data.text.tokenizer
-    assert tokenizer.tokenize("<ANS>Pink")[-2:] != [">", "P"] and ">P" in "".join(tokenizer.tokenize("<ANS>Pink"))
+    assert tokenizer.tokenize("<ANS>Pink") == ["<", "ANS", ">P", "ink"]
     draw = random.Random(0)
     for _ in range(300):
         answer = "".join(draw.choices("Pink(a)[1]</ANS é彩🩺0-9.;' ", k=draw.randrange(1, 20))).strip() or "x"

@@ -340,6 +340,7 @@ def test_the_qwen2vl_pipeline_ends_with_the_table_of_the_test_split(slurm, qwen_
         assert outcome(ended[after]) == ("COMPLETED", "0:0", "0"), logs[after]
         assert ended[after]["StartTime"] >= ended[before]["EndTime"]
     assert "check passed" in logs["check"] and "0 answers wrong (must be none)" in logs["overfit"]
+    assert "mean of types" in logs["train"] and "--eval-split val" in logs["train"]
     assert "question type" in logs["evaluate"] and "mean of types" in logs["evaluate"]
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["split"], results["all"]["n"]) == ("test", 8)
