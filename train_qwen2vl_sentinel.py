@@ -13,7 +13,7 @@ The type and the allowed answers are inferred where a row does not say. The mode
 
     make demo SCRIPT=qwen2vl_sentinel                                        # on a CPU, from nothing; or by hand:
     python demo.py qwen2vl_sentinel && python train_qwen2vl_sentinel.py --model runs/demo/qwen2vl_sentinel/model \\
-        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 6 \\
+        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 5 \\
         --pack-tokens 1024
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN                    # one GPU
@@ -73,6 +73,8 @@ def parse_arguments(argv):
     add("--lora-vision", action="store_true", help="adapters in the vision tower and its merger, too")
     add("--enrich", nargs=2, metavar=("IN.jsonl", "OUT.jsonl"), help="write question types and candidates into rows")
     args = parser.parse_args(argv)
+    if args.lora_vision and args.tune == "full":
+        parser.error("--lora-vision: with --tune full the vision tower trains whole")
     return args if args.enrich else runtime.parse_flags(parser, argv)
 
 
@@ -447,8 +449,8 @@ def prepare(vlm: Qwen2VLForConditionalGeneration, args) -> None:
         common.train_only(vlm, r".*")
     else:
         vlm.requires_grad_(False)
-        pattern = f"{LORA_PATTERN}|{VISION_PATTERN}" if args.lora_vision else LORA_PATTERN
-        common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+        for pattern in [LORA_PATTERN, VISION_PATTERN] if args.lora_vision else [LORA_PATTERN]:  # each must match
+            common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
     for parameter in vlm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
