@@ -6,7 +6,7 @@ PYTHON ?= python3
 SCRIPT ?= llava_med
 DEMO = runs/demo/$(SCRIPT)
 llava_med_flags = --tune full --lr 1e-3 --epochs 8 --pack-tokens 512 --eval-every 400
-qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 5 --pack-tokens 1024 --eval-every 400
+qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1

@@ -213,6 +213,7 @@ class Text:
     keep_sentinels: bool
     report: dict  # for check.json: what was found in the checkpoint's files
     measured: dict = field(default_factory=dict)  # image -> (width, height), once all are opened
+    branches: dict = field(default_factory=dict)  # what candidate_branches has encoded
 
 
 def read_config(folder: Path) -> dict:
@@ -756,7 +757,12 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
 
 def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
-    return [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates or []]
+    if not row.candidates:
+        return []
+    key = render(text.tokenizer, replace(row, answer="")), *row.candidates  # of many images the same is asked
+    if key not in text.branches:
+        text.branches[key] = [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates]
+    return text.branches[key]
 
 
 def allowed_answers(row: Row, text: Text) -> dict | None:

@@ -13,7 +13,7 @@ The type and the allowed answers are inferred where a row does not say. The mode
 
     make demo SCRIPT=qwen2vl_sentinel                                        # on a CPU, from nothing; or by hand:
     python demo.py qwen2vl_sentinel && python train_qwen2vl_sentinel.py --model runs/demo/qwen2vl_sentinel/model \\
-        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 5 \\
+        --data runs/demo/qwen2vl_sentinel/data --out runs/demo/qwen2vl_sentinel/run --tune full --lr 1e-3 --epochs 4 \\
         --pack-tokens 1024
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN                    # one GPU
@@ -224,6 +224,7 @@ class Text:
     keep_sentinels: bool
     report: dict  # for check.json: what was found in the checkpoint's files
     measured: dict = field(default_factory=dict)  # image -> (width, height), once all are opened
+    branches: dict = field(default_factory=dict)  # what candidate_branches has encoded
 
     def grid(self, image: str) -> tuple[int, int, int]:
         """(1, rows, columns) of an image's patches: its size between min_pixels and max_pixels, in whole tokens."""
@@ -798,7 +799,12 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
 
 def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
-    return [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates or []]
+    if not row.candidates:
+        return []
+    key = render(text.tokenizer, replace(row, answer="")), *row.candidates  # of many images the same is asked
+    if key not in text.branches:
+        text.branches[key] = [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates]
+    return text.branches[key]
 
 
 def allowed_answers(row: Row, text: Text) -> dict | None:
