@@ -2,8 +2,8 @@
 
     make demo SCRIPT=qwen2vl_sentinel                                     # a model that answers, and its test split
     python benchmarks/answering.py                                        # about two minutes on two free cores
-    python benchmarks/answering.py --larger --min-pixels 200704 --questions 60 --batches 8 --max-answer-tokens 8
-                                      # a random Qwen2-VL of 110 million weights, 256 tokens an image and more
+    python benchmarks/answering.py --larger --min-pixels 200704 --questions 60 --batches 8 --max-answer-tokens 8 \\
+        --rounds 3                    # a random Qwen2-VL of 110 million weights, 256 tokens an image and more
 
 Ours is train_qwen2vl_sentinel.py's own `answer` with free answers: an image is read once for all its questions, and
 all of a row's questions are answered side by side. generate gets a row for each question with its image, padded on the
