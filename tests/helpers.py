@@ -2,7 +2,9 @@
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,19 @@ def refused(folder: Path, out: Path, *flags, script=train_llava_med) -> str:
         run(folder, out, *flags, script=script)
     assert isinstance(caught.value.code, str), f"exit code {caught.value.code!r} without a message"
     return caught.value.code
+
+
+def load_demo(folder: Path, script=train_llava_med) -> SimpleNamespace:
+    """A demo's args, text, rows, training trees, and what reads their images."""
+    argv = ["--model", folder / "model", "--data", folder / "data", "--out", "never written", "--lora-dropout", 0]
+    args = script.parse_arguments([str(a) for a in argv])
+    text, faults = script.load_text(folder / "model", args)
+    rows, problems = script.read_data(folder / "data", args)
+    text.measured = {row.image: script.measure(folder / "data", row.image) for row in rows}
+    trees, found = script.build_prompts([row for row in rows if row.split == "train"], text, args)
+    assert faults + problems + found == []
+    read_media = partial(script.read_images, folder / "data", text)
+    return SimpleNamespace(args=args, folder=folder, text=text, rows=rows, trees=trees, read_media=read_media)
 
 
 def read_lines(path: Path) -> list[dict]:

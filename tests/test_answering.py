@@ -3,10 +3,10 @@ are always one of the allowed; candidate scores are exact."""
 
 import math
 from collections import defaultdict
-from functools import partial
 
 import pytest
 import torch
+from helpers import load_demo
 from transformers import DynamicCache, LlavaForConditionalGeneration, MistralConfig, MistralModel
 
 import common
@@ -22,14 +22,9 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def demo(demo_folder):
     """The demo's model, what reads its images, and its training trees."""
-    args = script.parse_arguments(
-        ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
-    )
-    text, _ = script.load_text(demo_folder / "model", args)
-    rows, _ = script.read_data(demo_folder / "data", args)
-    trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
+    data = load_demo(demo_folder)
     llava = LlavaForConditionalGeneration.from_pretrained(demo_folder / "model").eval()
-    return script.LlavaMed(llava, torch.float32), partial(script.read_images, demo_folder / "data", text), trees
+    return script.LlavaMed(llava, torch.float32), data.read_media, data.trees
 
 
 def answers_of(demo, trees, eos, max_tokens=4096, limit=NEW_TOKENS, tries=None) -> dict[str, list[int]]:

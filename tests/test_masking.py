@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from helpers import load_demo
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -208,12 +209,8 @@ def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text)
 
 @pytest.fixture(scope="module")
 def demo(demo_folder):
-    args = script.parse_arguments(
-        ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
-    )
-    text, _ = script.load_text(demo_folder / "model", args)
-    rows, _ = script.read_data(demo_folder / "data", args)
-    return demo_folder, text, rows
+    data = load_demo(demo_folder)
+    return demo_folder, data.text, data.rows
 
 
 def test_ids_equal_those_of_transformers_processor(demo):

@@ -3,13 +3,12 @@ forward, and each way of getting the mask, the positions or the mean wrong is ca
 
 import random
 from collections import Counter
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference, gradients
+from helpers import difference, gradients, load_demo
 from transformers import LlavaForConditionalGeneration
 
 import common
@@ -255,16 +254,7 @@ def test_a_row_without_learned_tokens_has_loss_zero_and_finite_gradients():
 
 @pytest.fixture(scope="module")
 def data(demo_folder):
-    """The demo's training trees, what reads their images, and the script's arguments."""
-    args = script.parse_arguments(
-        ["--model", str(demo_folder / "model"), "--data", str(demo_folder / "data"), "--out", "never written"]
-    )
-    args.lora_dropout = 0.0
-    text, _ = script.load_text(demo_folder / "model", args)
-    rows, _ = script.read_data(demo_folder / "data", args)
-    trees, _ = script.build_prompts([row for row in rows if row.split == "train"], text, args)
-    read_media = partial(script.read_images, demo_folder / "data", text)
-    return SimpleNamespace(args=args, folder=demo_folder, trees=trees, read_media=read_media)
+    return load_demo(demo_folder)
 
 
 def load(data, tune: str) -> script.LlavaMed:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import difference, gradients, metrics_of, read_lines, read_tensors, refused, stop_in
+from helpers import difference, gradients, load_demo, metrics_of, read_lines, read_tensors, refused, stop_in
 from helpers import run as run_script
 from transformers import (
     AutoConfig,
@@ -34,18 +34,7 @@ SMALL = ["--limit", 24, "--questions-per-step", 16, "--max-answer-tokens", 4]
 
 @pytest.fixture(scope="module")
 def data(qwen_folder):
-    """Text, rows and trees of the demo's training split, and what reads their images."""
-    args = script.parse_arguments(
-        ["--model", str(qwen_folder / "model"), "--data", str(qwen_folder / "data"), "--out", "never written"]
-    )
-    args.lora_dropout = 0.0
-    text, faults = script.load_text(qwen_folder / "model", args)
-    rows, problems = script.read_data(qwen_folder / "data", args)
-    text.measured = {row.image: script.measure(qwen_folder / "data", row.image) for row in rows}
-    trees, found = script.build_prompts([row for row in rows if row.split == "train"], text, args)
-    assert faults + problems + found == []
-    read_media = partial(script.read_images, qwen_folder / "data", text)
-    return SimpleNamespace(args=args, folder=qwen_folder, text=text, rows=rows, trees=trees, read_media=read_media)
+    return load_demo(qwen_folder, script)
 
 
 def mixed_trees(data, count: int, questions: int) -> list[Prompt]:
