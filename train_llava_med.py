@@ -674,7 +674,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
 
 
 def longer_than_limit(rows: list[Row], prompts: list[Prompt], args) -> int:
-    """How many answers are too long for answer_limit, EOS not counted: given freely they can never be right."""
+    """How many answers are too long for answer_limit, EOS not counted: given freely they cannot be right."""
     learned = {
         name: sum(label != IGNORE for label in b[1]) for t in prompts for name, b in zip(t.ids, t.branches, strict=True)
     }

@@ -18,7 +18,7 @@ The type and the allowed answers are inferred where a row does not say. The mode
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN                    # one GPU
     torchrun --standalone --nproc-per-node 4 train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN
-    python train_qwen2vl_sentinel.py --enrich DATA/train.jsonl NEW/train.jsonl      # writes types and candidates out
+    python train_qwen2vl_sentinel.py --enrich DATA/train.jsonl DATA/train.jsonl     # types and candidates, in place
     bash slurm/qwen2vl_pipeline.sh                              # a cluster: check, overfit, train, evaluate
 
 What the demo must reach, and what each figure means, is in README.md.
@@ -716,7 +716,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
 
 
 def longer_than_limit(rows: list[Row], prompts: list[Prompt], args) -> int:
-    """How many answers are too long for answer_limit, EOS not counted: given freely they can never be right."""
+    """How many answers are too long for answer_limit, EOS not counted: given freely they cannot be right."""
     learned = {
         name: sum(label != IGNORE for label in b[1]) for t in prompts for name, b in zip(t.ids, t.branches, strict=True)
     }

@@ -18,7 +18,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
@@ -146,7 +145,7 @@ def main() -> None:
         raise SystemExit("the answers differ: this compares two different things")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(vars(SimpleNamespace(table=table, seconds=seconds)), indent=2) + "\n")
+        args.json.write_text(json.dumps({"table": table, "seconds": seconds}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ are mixed in every test: a wide frame stands for 80 tokens, the others for 64.""
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -510,12 +511,17 @@ def trained(qwen_folder, tmp_path_factory):
 
 
 def test_five_rows_are_shown_with_what_they_learn(qwen_folder, tmp_path, capsys):
+    """Of the first image's first question, the second image's, …: where, what, and how much is masked."""
     run(qwen_folder, tmp_path, "--check")
-    shown = [line for line in capsys.readouterr().out.split("\n") if ", learned " in line and "masked" in line]
+    text = capsys.readouterr().out
+    shown = re.findall(r"^row (.*): (\d+) tokens, learned (\d+)–(\d+): '(.*)', masked (.*)%$", text, re.M)
     rows = read_lines(qwen_folder / "data/train.jsonl")
-    firsts = list({row["image_id"]: row for row in reversed(rows)}.values())[::-1][:5]
-    for line, row in zip(shown[-6:-1] if len(shown) > 5 else shown, firsts, strict=True):
-        assert f"'{row['answer']}<|im_end|>'" in line
+    images = list(dict.fromkeys(row["image_id"] for row in rows))[:5]
+    firsts = [next(row for row in rows if row["image_id"] == image) for image in images]
+    assert [learned for *_, learned, _ in shown] == [row["answer"] + "<|im_end|>" for row in firsts]
+    for _, length, first, last, _, masked in shown:
+        assert int(last) == int(length) - 1
+        assert float(masked) == round(100 * int(first) / int(length), 1)
 
 
 def test_adapters_of_the_tower_and_the_language_model_learn(qwen_folder, trained):
