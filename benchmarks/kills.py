@@ -47,7 +47,11 @@ def main(argv=None) -> None:
     command += ["--epochs", 8, "--pack-tokens", 512, "--eval-every", 400, *flags]
     whole, out = args.out / "whole", args.out / "killed"
     begun = time.monotonic()
-    assert start(command, whole).wait() == 0, "the undisturbed run failed"
+    process = start(command, whole)
+    while process.poll() is None and last_step(whole) < 1:
+        time.sleep(0.01)
+    starting = time.monotonic() - begun
+    assert process.wait() == 0, "the undisturbed run failed"
     print(f"undisturbed run: {last_step(whole)} steps in {time.monotonic() - begun:.0f} s", flush=True)
 
     steps, draw = last_step(whole), random.Random(args.seed)
@@ -58,7 +62,7 @@ def main(argv=None) -> None:
             number = (signal.SIGTERM, signal.SIGUSR1)[kill % 2]
             stop_politely(command, out, draw, number, most)
         else:
-            inside += kill_once(command, out, draw, kill % 2 == 1, most)
+            inside += kill_once(command, out, draw, kill % 2 == 1, most, starting)
         folders = sorted((out / "checkpoints").glob("step-????????"))
         faults = [f"{folder}: {fault}" for folder in folders if (fault := runtime.checkpoint_fault(folder))]
         lost.append(last_step(out) - (int(folders[-1].name[5:]) if folders else 0))
@@ -96,15 +100,16 @@ def stop_politely(command: list, out: Path, draw: random.Random, number: int, mo
         raise SystemExit(f"signalled in step {at + 1}: ended after {last_step(out)}, code {process.returncode}")
 
 
-def kill_once(command: list, out: Path, draw: random.Random, in_save: bool, most_steps: int) -> bool:
-    """Start the run and kill it: at any instant from its first second on, or a moment after a save has begun.
+def kill_once(command: list, out: Path, draw, in_save: bool, most_steps: int, starting: float) -> bool:
+    """Start the run and kill it: at any instant, or a moment after a save has begun.
 
-    Returns whether a checkpoint was left half written.
+    `starting` are the seconds to the first step of an undisturbed run. Returns whether a checkpoint was left half
+    written.
     """
     old, first, process = half_written(out), last_step(out), start(command, out)
     steps, wait = draw.randint(0, max(1, 2 * most_steps)), draw.random()
     if not in_save and wait < 0.1:  # while it starts
-        time.sleep(wait * 100)
+        time.sleep(wait * 10 * 0.8 * starting)  # the rest of a short run must not end meanwhile
     else:
         while process.poll() is None and last_step(out) < first + steps:
             time.sleep(0.01)
