@@ -2,11 +2,12 @@
 
     python demo.py llava_med                       # -> runs/demo/llava_med/model and .../data
     python demo.py qwen2vl_sentinel                # -> runs/demo/qwen2vl_sentinel/model and .../data
+    python demo.py surg_video_vqa                  # -> runs/demo/surg_video_vqa/model, .../whisper and .../data
     python demo.py llava_med --out runs/demo/other --images 300 --seed 1
 
-The language model is random and knows nothing; the vision tower has learned to see, as a pretrained one has. The
-frames are drawn, so that every answer is visible in the picture and a script that learns can be told from one that
-does not. Same seed, same versions: same bytes.
+The language model is random and knows nothing; the towers have learned to see and to hear, as pretrained ones have.
+Frames are drawn and recordings made of tones, so that every answer is there to be seen and every spoken question to be
+heard, and a script that learns can be told from one that does not. Same seed, same versions: same bytes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import copy
 import json
 import math
 import string
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,8 @@ QWEN2VL_VISION = {
 
 FRAME = 224  # width and height of a drawn frame, in pixels
 GRID = 8  # image tokens along each side of it: 64 in all
+CLIP_FRAME = 112  # width and height of a clip's frame: drawn larger and reduced
+CLIP_GRID = 4  # image tokens along each side of that, 112 / (14 * 2): 16 in all
 BAR = FRAME // GRID  # of a wide frame, black on the left and on the right: one column of tokens each
 RADIUS = 104  # of the endoscope's round field of view
 TEXT_BLOCK, GREEN_BOX = (0, 0, 80, 44), (4, 184, 40, 220)  # left, top, right, bottom
@@ -372,6 +376,150 @@ def texts_asked_and_answered():
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Clips: a scene whose numbers move from frame to frame, and what is asked about it, worded after SurgViVQA
+# ----------------------------------------------------------------------------------------------------------
+
+CLIP_LENGTH, CLIP_STEP = 8, 4  # frames of a clip, each the fourth of its video, as published
+FAR = 0.5  # how large a thing looks at the far end of the scope's way; 1 at the near end
+SIZE_LIMITS = [13, 20, 30]  # radii in pixels that lie between the size classes
+OUTSIDE, INSIDE = 100, 20  # where an instrument's tip begins and ends, in pixels from the centre
+
+# question type -> (question, what it depends on, {value: (answer, short answer)})
+YES, NO = "yes", "no"
+CLIP_QUESTIONS = {
+    "lighting_mode": (
+        "What lighting modality illuminates this sequence?",
+        "light",
+        {"NBI": ("NBI light is on in this sequence.", "NBI"), "WL": ("White light is on in this sequence.", "WL")},
+    ),
+    "nbi_status": (
+        "Is narrow band imaging switched on?",
+        "light",
+        {"NBI": ("Yes, NBI light is on in these frames.", YES), "WL": ("No, WL light is on instead.", NO)},
+    ),
+    "scope_motion_type": (
+        "What is the primary motion of the scope?",
+        "scope",
+        {
+            "advancing": ("The scope is primarily advancing.", "advancing"),
+            "withdrawing": ("The scope is primarily withdrawing.", "withdrawing"),
+        },
+    ),
+    "scope_forward_motion": (
+        "When motion occurs, is the scope pushing forward?",
+        "scope",
+        {"advancing": ("Yes, the scope is advancing.", YES), "withdrawing": ("No, the scope is withdrawing.", NO)},
+    ),
+    "tool_motion": (
+        "Does the instrument enter or leave?",
+        "tool",
+        {
+            "entering": ("The instrument is entering.", "entering"),
+            "leaving": ("The instrument is leaving.", "leaving"),
+            "absent": ("There is no instrument.", "absent"),
+        },
+    ),
+    "lesion_screen_position": (
+        "In which quadrant of the screen does the lesion appear?",
+        "lesion",
+        {place: (f"The lesion appears in the {place} quadrant.", place) for place in PLACES},
+    ),
+}
+MOTION_QUESTIONS = ("scope_motion_type", "scope_forward_motion", "tool_motion")  # no single frame tells
+
+
+def random_clip(rng, patient):
+    """A scene with a lesion and at most one instrument, and how light, scope and instrument behave in it."""
+    scene = random_scene(rng, patient)
+    place = str(rng.choice(list(PLACES)))
+    scene["polyps"] = [random_polyp(rng, place, rng.choice(list(COLORS), p=COLOR_SHARES), int(rng.integers(1, 4)))]
+    tool = str(rng.choice(["entering", "leaving", "absent"]))
+    side = str(rng.choice(list(SIDES)))
+    kind = str(rng.choice(["biopsy forceps", "snare"]))
+    scene["instruments"] = [{"kind": kind, "side": side, "angle": SIDES[side] + rng.uniform(-7, 7)}]
+    scope = str(rng.choice(["advancing", "withdrawing"]))
+    return scene | {"light_mode": str(rng.choice(["NBI", "WL"])), "scope": scope, "tool": tool, "lesion": place}
+
+
+def clip_scene(clip, t):
+    """The clip at a time t between 0 and 1: everything grows about the centre as the scope advances."""
+    zoom = FAR + (1 - FAR) * (t if clip["scope"] == "advancing" else 1 - t)
+    scene = copy.deepcopy(clip)
+    for polyp in scene["polyps"]:
+        polyp |= {axis: FRAME / 2 + zoom * (polyp[axis] - FRAME / 2) for axis in ("x", "y")}
+        polyp["radius"] *= zoom
+        polyp["size"] = list(SIZES)[int(np.searchsorted(SIZE_LIMITS, polyp["radius"]))]
+    for fold in scene["folds"]:
+        fold["radius"] *= zoom
+    way = t if clip["tool"] == "entering" else 1 - t
+    for tool in scene["instruments"]:
+        tool["tip"] = OUTSIDE + way * (INSIDE - OUTSIDE)
+    if clip["tool"] == "absent":
+        scene["instruments"] = []
+    return scene
+
+
+def any_clip_frame(rng, number):
+    return clip_scene(random_clip(rng, random_patient(rng, number)), rng.uniform())
+
+
+def clip_frame(scene):
+    """A frame of the size that a clip has. Narrow-band light is blue and green: red mucosa looks dark and bluish."""
+    frame = draw_frame(scene).resize((CLIP_FRAME, CLIP_FRAME), Image.Resampling.BOX)
+    if scene["light_mode"] == "NBI":
+        red, green, blue = np.moveaxis(np.asarray(frame, dtype=np.float32), -1, 0)
+        narrow = np.stack([0.35 * red + 0.2 * green, 0.2 * red + 0.7 * green, 0.5 * green + 0.5 * blue], axis=-1)
+        frame = Image.fromarray(narrow.astype(np.uint8))
+    return frame
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recordings: a question is spoken as three tones
+# ----------------------------------------------------------------------------------------------------------
+
+TONES = [400, 700, 1200, 2000]  # Hz
+SPOKEN = dict(  # question type -> its tones; each tone of one is heard in others too, elsewhere
+    zip(CLIP_QUESTIONS, [(0, 1, 2), (0, 2, 1), (1, 0, 3), (1, 3, 0), (2, 3, 1), (3, 2, 0)], strict=True)
+)
+WHISPER = {  # the real one: 128 mel bins, 1,500 positions of 20 ms, width 1280, 32 layers
+    "num_mel_bins": 40,
+    "max_source_positions": 50,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 128,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 64,
+    **{f"{name}_token_id": index for index, name in enumerate(["pad", "bos", "eos", "decoder_start"])},
+}
+
+
+def speak(rng, tones, rate):
+    """(samples,) float of about 0.8 s, and (positions of 20 ms,) which tone is heard there, 0 for none."""
+    parts, heard = [], []
+    for tone in tones:
+        for length, number in [(rng.uniform(0.02, 0.06), 0), (rng.uniform(0.16, 0.24), tone + 1)]:
+            time = np.arange(round(length * rate)) / rate
+            sound = np.sin(2 * np.pi * TONES[number - 1] * rng.uniform(0.98, 1.02) * time) if number else 0 * time
+            parts.append(rng.uniform(0.2, 0.6) * sound * np.minimum(1, 100 * np.minimum(time, length - time)))
+            heard.append(np.full(len(time), number))
+    samples = np.concatenate(parts)
+    samples = samples + rng.uniform(0.001, 0.01) * rng.standard_normal(len(samples))
+    return samples, np.concatenate(heard)[rate // 100 :: rate // 50]
+
+
+def write_wav(path, samples, rate, channels):
+    """16-bit PCM; of two channels the second is quieter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    louder = np.stack([samples, 0.7 * samples][:channels], axis=1)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        file.writeframes((louder * 32767).astype("<i2").tobytes())
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Vision towers that have learned to see
 # ----------------------------------------------------------------------------------------------------------
 
@@ -403,11 +551,12 @@ def patch_labels(scene, grid):
     return counts.argmax(1)
 
 
-def image_labels(scene, image):
+def image_labels(scene, image, grid):
     """(2, cells): what each cell of the image shows and where it lies in the frame; a bar's cells lie nowhere in it."""
-    bars = (0, 0), ((image.width - FRAME) // (2 * BAR),) * 2
-    shown = np.pad(patch_labels(scene, GRID).reshape(GRID, GRID), bars)  # black is taken for mucosa, as in corners
-    place = np.pad(np.arange(GRID**2).reshape(GRID, GRID), bars, constant_values=-100)  # -100: nothing to learn
+    cell = image.height // grid
+    bars = (0, 0), ((image.width - image.height) // (2 * cell),) * 2
+    shown = np.pad(patch_labels(scene, grid).reshape(grid, grid), bars)  # black is taken for mucosa, as in corners
+    place = np.pad(np.arange(grid**2).reshape(grid, grid), bars, constant_values=-100)  # -100: nothing to learn
     return torch.from_numpy(np.stack([shown.flatten(), place.flatten()]))
 
 
@@ -430,45 +579,63 @@ def qwen2vl_features(tower, pixel_values, image_grid_thw):
     return tower(pixel_values, grid_thw=image_grid_thw).pooler_output
 
 
-# How each kind of tower is taught. Qwen2-VL reads four times as many patches, so it sees fewer frames.
+def any_scene(rng, number):
+    return random_scene(rng, random_patient(rng, number))
+
+
+# How each script's tower is taught. Qwen2-VL reads four times as many patches, so it sees fewer frames.
 LESSONS = {
-    "clip_vision_model": {
+    "llava_med": {
+        "scene": any_scene,
         "draw": draw_frame,
+        "grid": GRID,
         "processor": clip_processor,
         "features": clip_features,
         "steps": 300,
         "batch": 32,
         "rate": 2e-3,
     },
-    "qwen2_vl_vision": {
+    "qwen2vl_sentinel": {
+        "scene": any_scene,
         "draw": recorded_frame,
+        "grid": GRID,
         "processor": qwen2vl_processor,
         "features": qwen2vl_features,
         "steps": 400,
         "batch": 8,
         "rate": 6e-3,
     },
+    "surg_video_vqa": {
+        "scene": any_clip_frame,
+        "draw": clip_frame,
+        "grid": CLIP_GRID,
+        "processor": qwen2vl_processor,
+        "features": qwen2vl_features,
+        "steps": 400,
+        "batch": 24,
+        "rate": 6e-3,
+    },
 }
 
 
-def pretrain_tower(tower, seed, frames=800):
+def pretrain_tower(tower, seed, lesson, frames=800):
     """Teach the vision tower what each patch shows and where it is, on frames that the data set does not hold.
 
     A real one starts from a tower that has seen hundreds of millions of images. From a random one, some thousand
     questions are too few to find a polyp with. The language model stays random: it knows neither words nor answers.
     """
-    lesson = LESSONS[tower.config.model_type]
-    steps, batch, features = lesson["steps"], lesson["batch"], lesson["features"]
+    lesson = LESSONS[lesson]
+    steps, batch, features, grid = lesson["steps"], lesson["batch"], lesson["features"], lesson["grid"]
     rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
-    scenes = [random_scene(rng, random_patient(rng, number)) for number in range(frames)]
+    scenes = [lesson["scene"](rng, number) for number in range(frames)]
     images = [lesson["draw"](scene) for scene in scenes]
-    labels = [image_labels(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    labels = [image_labels(scene, image, grid) for scene, image in zip(scenes, images, strict=True)]
     processor = lesson["processor"]()
     inputs = [processor(image, return_tensors="pt") for image in images]
 
     shown, _ = torch.cat(labels, dim=1)
     weight = (len(shown) / torch.bincount(shown, minlength=len(SHOWN)).clamp(min=1)).sqrt()
-    head = torch.nn.Linear(features(tower, **inputs[0]).shape[1], len(SHOWN) + GRID**2)
+    head = torch.nn.Linear(features(tower, **inputs[0]).shape[1], len(SHOWN) + grid**2)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()])
     named = []
     for step in range(steps):
@@ -477,7 +644,7 @@ def pretrain_tower(tower, seed, frames=800):
         chosen = rng.choice(frames, batch, replace=False)
         together = {name: torch.cat([inputs[i][name] for i in chosen]) for name in inputs[0]}
         logits = head(features(tower, **together))
-        shown_logits, place_logits = logits.split([len(SHOWN), GRID**2], dim=1)
+        shown_logits, place_logits = logits.split([len(SHOWN), grid**2], dim=1)
         shown, place = torch.cat([labels[i] for i in chosen], dim=1)
         loss = cross_entropy(shown_logits, shown, weight=weight) + cross_entropy(place_logits, place)
         optimizer.zero_grad()
@@ -576,7 +743,7 @@ def write_llava_med_model(folder, seed):
     )
     torch.manual_seed(seed)
     model = transformers.LlavaForConditionalGeneration(config)
-    pretrain_tower(model.model.vision_tower, seed)
+    pretrain_tower(model.model.vision_tower, seed, "llava_med")
     model.save_pretrained(folder)
     print(f"{folder}: LLaVA, {model.num_parameters():,} parameters, {len(tokenizer)} word pieces")
 
@@ -657,11 +824,18 @@ def build_qwen2_tokenizer(texts):
 
 
 def write_qwen2vl_sentinel_model(folder, seed):
+    prompts = ["Question type: \nQuestion:", "Answer the question about the medical image with the answer alone."]
+    prompts = [*(kind for kind, _ in QUESTIONS.values()), *prompts]
+    write_qwen2vl(folder, seed, [*texts_asked_and_answered(), *AROUND, *prompts], "qwen2vl_sentinel")
+
+
+# What stands around questions: the real one has pieces for these words, as for all common ones.
+AROUND = ["You are a helpful assistant.", "system\nuser\nassistant"]
+
+
+def write_qwen2vl(folder, seed, texts, lesson):
     """A Qwen2-VL checkpoint: all files that a script reads of a real one, config.json flat as in the real one."""
-    # What stands around questions: the real one has pieces for these words, as for all common ones.
-    prompts = ["You are a helpful assistant.", "system\nuser\nassistant", *(kind for kind, _ in QUESTIONS.values())]
-    prompts += ["Question type: \nQuestion:", "Answer the question about the medical image with the answer alone."]
-    tokenizer = build_qwen2_tokenizer([*texts_asked_and_answered(), *prompts])
+    tokenizer = build_qwen2_tokenizer(texts)
     tokenizer.save_pretrained(folder)
 
     qwen2vl_processor().save_pretrained(folder)
@@ -670,7 +844,7 @@ def write_qwen2vl_sentinel_model(folder, seed):
     tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     config = {
         **TEXT,
-        "vocab_size": math.ceil((len(tokenizer) + 3) / 64) * 64,
+        "vocab_size": math.ceil((len(tokenizer) + 4) / 64) * 64,  # room for a pad token and three for sound
         "initializer_range": INITIALIZER_RANGE,
         # of the 16 frequencies of a head, how many turn with time, height and width: 16, 24, 24 in the real one
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
@@ -697,7 +871,7 @@ def write_qwen2vl_sentinel_model(folder, seed):
         top_k=1,
         top_p=0.001,
     )
-    pretrain_tower(model.model.visual, seed)
+    pretrain_tower(model.model.visual, seed, lesson)
     model.save_pretrained(folder)
     named = {"architectures": [type(model).__name__], "model_type": "qwen2_vl", "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(named | config, indent=2) + "\n")
@@ -720,6 +894,103 @@ def write_qwen2vl_sentinel_data(folder, images, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# surg_video_vqa: the same Qwen2-VL, a Whisper, and clips with spoken questions in SurgViVQA's files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def pretrain_listener(encoder, extractor, seed, steps=200, batch=16):
+    """Teach Whisper's encoder which tone is heard when, in recordings that the data set does not hold.
+
+    A real one starts from one that has learned to write down speech. It stays frozen wherever adapters are trained.
+    """
+    rng = np.random.default_rng([seed, 2])
+    head = torch.nn.Linear(WHISPER["d_model"], len(TONES) + 1)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([*trained, *head.parameters()])
+    named = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        spoken = [speak(rng, rng.integers(0, len(TONES), 3), 16_000) for _ in range(batch)]
+        labels = torch.full((batch, WHISPER["max_source_positions"]), 0)
+        for row, (_, heard) in zip(labels, spoken, strict=True):
+            row[: len(heard)] = torch.from_numpy(heard[: len(row)])
+        sounds = [samples.astype(np.float32) for samples, _ in spoken]
+        features = extractor(sounds, sampling_rate=16_000, return_tensors="pt").input_features
+        logits = head(encoder(features).last_hidden_state)  # (batch, positions, tones + 1)
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        named.append((logits.argmax(-1) == labels).float().mean())
+    print(f"audio tower: {torch.stack(named[-20:]).mean():.1%} of the last positions named, after {steps} steps")
+
+
+def write_whisper(folder, seed):
+    """A Whisper checkpoint: configuration, weights of encoder and decoder, feature extractor."""
+    window = WHISPER["max_source_positions"] // 50  # seconds
+    extractor = transformers.WhisperFeatureExtractor(WHISPER["num_mel_bins"], chunk_length=window)
+    extractor.save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER))
+    pretrain_listener(model.model.encoder, extractor, seed)
+    model.save_pretrained(folder)
+    print(f"{folder}: Whisper, {model.num_parameters():,} parameters")
+
+
+def write_surg_video_vqa_model(folder, seed):
+    texts = [form for _, _, values in CLIP_QUESTIONS.values() for answer in values.values() for form in answer]
+    texts += [question for question, _, _ in CLIP_QUESTIONS.values()]
+    prompts = ["Answer the question about the surgical clip with the answer alone.", "Answer the spoken question."]
+    write_qwen2vl(folder, seed, [*texts, *AROUND, *prompts, "Question: "], "surg_video_vqa")
+    write_whisper(folder.with_name("whisper"), seed)
+
+
+def clip_row(clip, kind, video, numbers, index):
+    question, depends_on, values = CLIP_QUESTIONS[kind]
+    answer, short = values[clip["light_mode" if depends_on == "light" else depends_on]]
+    return {
+        "id": f"qa_{index:06d}",
+        "video_id": video,
+        "frames": [f"{video}_{number}" for number in numbers],
+        "frame_numbers": numbers,
+        "question": question,
+        "question_type": kind,
+        "answer": answer,
+        "short_answer": short,
+    }
+
+
+def write_surg_video_vqa_data(folder, clips, seed):
+    """Videos have one to five clips, all in the same split; each clip is asked three spoken questions."""
+    rng = np.random.default_rng([seed, 0])
+    index = videos = asked = 0
+    for split, end in [("train", round(0.7 * clips)), ("eval", round(0.8 * clips)), ("test", clips)]:
+        rows = []
+        while index < end:
+            video, patient, start = f"{videos // 4 + 1:03d}-{videos % 4 + 1:03d}", random_patient(rng, videos), 0
+            videos += 1
+            (folder / "frames" / video).mkdir(parents=True, exist_ok=True)
+            for _ in range(min(end - index, rng.integers(1, 6))):
+                start += int(rng.integers(50, 5000))
+                numbers = [start + CLIP_STEP * i for i in range(CLIP_LENGTH)]
+                start = numbers[-1]
+                clip = random_clip(rng, patient)
+                for i, number in enumerate(numbers):
+                    frame = clip_frame(clip_scene(clip, i / (CLIP_LENGTH - 1)))
+                    frame.save(folder / "frames" / video / f"{video}_{number}.jpg", quality=90)
+                for kind in rng.permutation(list(CLIP_QUESTIONS))[:3].tolist():
+                    rows.append(clip_row(clip, kind, video, numbers, asked))
+                    rate, channels = int(rng.choice([16_000, 22_050, 24_000])), int(rng.integers(1, 3))
+                    samples, _ = speak(rng, SPOKEN[kind], rate)
+                    write_wav(folder / "audio" / split / f"{rows[-1]['id']}.wav", samples, rate, channels)
+                    asked += 1
+                index += 1
+        (folder / f"{split}_multivideo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{folder / split}_multivideo.jsonl: {len(rows)} questions")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------
 
@@ -728,11 +999,22 @@ COMMANDS = {
         "a tiny LLaVA and endoscopy frames with questions",
         write_llava_med_model,
         write_llava_med_data,
+        "images",
+        1500,
     ),
     "qwen2vl_sentinel": (
         "a tiny Qwen2-VL and the same frames and questions as in Kvasir-VQA's files, a third of them wide",
         write_qwen2vl_sentinel_model,
         write_qwen2vl_sentinel_data,
+        "images",
+        1500,
+    ),
+    "surg_video_vqa": (
+        "a tiny Qwen2-VL, a tiny Whisper, and clips with spoken questions as in SurgViVQA's files",
+        write_surg_video_vqa_model,
+        write_surg_video_vqa_data,
+        "clips",
+        600,
     ),
 }
 
@@ -741,18 +1023,18 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, _, _) in COMMANDS.items():
+    for name, (text, _, _, things, count) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("--out", type=Path, default=Path(f"runs/demo/{name}"))
-        command.add_argument("--images", type=int, default=1500)
+        command.add_argument(f"--{things}", dest="count", type=int, default=count, help=f"(default: {count})")
         command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.images < 20:
-        raise SystemExit(f"--images {args.images}: at least 20, so that each split holds some patients")
+    if args.count < 20:
+        raise SystemExit(f"{args.count} are too few: at least 20, so that each split holds some patients")
     transformers.logging.disable_progress_bar()
-    _, write_model, write_data = COMMANDS[args.command]
+    _, write_model, write_data, _, _ = COMMANDS[args.command]
     write_model(args.out / "model", args.seed)
-    write_data(args.out / "data", args.images, args.seed)
+    write_data(args.out / "data", args.count, args.seed)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 
 import numpy
@@ -590,7 +591,7 @@ def writing(path: Path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def model_folder(name: str, weights: bool = True, tries: int = 5) -> Path:
+def model_folder(name: str, weights: bool = True, tries: int = 5, flag: str = "--model") -> Path:
     """The folder of a model, downloaded first where `name` is a hub ID; refused where files are missing or cut off.
 
     Without `weights` only the configuration and tokenizer are needed (and fetched).
@@ -598,15 +599,15 @@ def model_folder(name: str, weights: bool = True, tries: int = 5) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-            raise SystemExit(f"--model {name}: no such folder (a hub ID looks like organisation/name)")
-        folder = _download(name, weights, tries)
+            raise SystemExit(f"{flag} {name}: no such folder (a hub ID looks like organisation/name)")
+        folder = _download(name, weights, tries, flag)
     problems = model_problems(folder, weights)
     if problems:
-        raise SystemExit("\n".join([f"--model {name} cannot be used:", *(f"  {p}" for p in problems)]))
+        raise SystemExit("\n".join([f"{flag} {name} cannot be used:", *(f"  {p}" for p in problems)]))
     return folder
 
 
-def _download(name: str, weights: bool, tries: int) -> Path:
+def _download(name: str, weights: bool, tries: int, flag: str) -> Path:
     from huggingface_hub import snapshot_download  # comes with transformers
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -618,7 +619,7 @@ def _download(name: str, weights: bool, tries: int) -> Path:
             status = getattr(getattr(error, "response", None), "status_code", None)
             offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")  # a compute node: slurm/download.sh
             if attempt == tries or offline or status in (401, 403, 404):
-                raise SystemExit(f"--model {name}: neither a folder here nor to be downloaded: {error}") from None
+                raise SystemExit(f"{flag} {name}: neither a folder here nor to be downloaded: {error}") from None
             print(f"download of {name} failed ({error}); try {attempt + 1} of {tries}", flush=True)
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
@@ -636,6 +637,9 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
             problems.append(f"{path}: truncated or not JSON ({error}); download it again")
     if problems:
         return problems
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        text = "the weights are quantised: merged with an adapter they would be rounded again; use the original ones"
+        problems.append(f"{folder / 'config.json'}: {text}")
     if not weights:
         return problems
     index = folder / "model.safetensors.index.json"
@@ -825,11 +829,12 @@ def open_image(folder: Path, name: str, max_pixels: int = 50_000_000) -> Image.I
         raise ValueError(f"{name} cannot be read: {what}") from None
 
 
-def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict]:
+def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict, dict]:
     """Open every file once; the same bytes or group in two splits is a fault too.
 
-    A row has where, id, split, group and media, a list of names. measure(folder, name) opens a file completely and
-    returns what its tokens are counted from, JSON-like; returned are the faults and {name: what it measured}.
+    A row has where, id, split, group and media, a list of names; where some of these may be in two splits, such as
+    the recording of a question, `shown` lists the others. measure(folder, name) opens a file completely and returns
+    what its tokens are counted from, JSON-like. Returned are the faults, {name: what it measured}, and `overlaps`.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.media))
 
@@ -846,7 +851,7 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict]:
     problems, first = [], {}
     for row in rows:
         broken = [seen[name][0] for name in row.media if seen[name][0]]
-        shared = [("group", row.group, row.group), *(("file", name, seen[name][2]) for name in row.media)]
+        shared = [("group", row.group, row.group), *(("file", name, seen[name][2]) for name in shown(row))]
         for what, name, key in shared if not broken else []:
             other = first.setdefault((what, key), row)
             if other.split != row.split:
@@ -854,7 +859,33 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict]:
                 broken.append(text)
         if broken:
             problems.append(Problem(row.where, row.id, "; ".join(broken)))
-    return problems, {name: found[1] for name, found in seen.items()}
+    digests = {name: found[2] for name, found in seen.items() if not found[0]}
+    return problems, {name: found[1] for name, found in seen.items()}, overlaps(rows, digests)
+
+
+def shown(row) -> list[str]:
+    """The files of a row that may not be in two splits: all of them, unless it says which."""
+    return getattr(row, "shown", row.media)
+
+
+def overlaps(rows, digests: dict[str, str]) -> dict[str, dict]:
+    """For val and test: how many files, by their content, are in earlier splits too, and whose questions these are.
+
+    `questions_touched` show at least one such file, `questions_contained` nothing else. Printed, too.
+    """
+    found, earlier = {}, set()
+    for split in ("train", "val", "test"):
+        part = [{digests.get(name) for name in shown(row)} for row in rows if row.split == split]
+        files = set().union(*part) - {None}
+        if split != "train" and part:
+            shared = files & earlier
+            touched, contained = sum(bool(p & shared) for p in part), sum(p <= shared for p in part)
+            found[split] = {"files": len(files), "shared": len(shared), "questions": len(part)}
+            found[split] |= {"questions_touched": touched, "questions_contained": contained}
+            text = f"{split}: {len(shared)} of {len(files)} files are in earlier splits too"
+            print(f"{text}, in {touched} of {len(part)} questions, {contained} of which show nothing else")
+        earlier |= files
+    return found
 
 
 def file_sha256(path: Path) -> str:
@@ -1094,11 +1125,13 @@ def report_check(path: Path, report: dict, fatal: list[Problem], faults: list[Pr
         raise SystemExit(text if rank() == 0 else 1)
 
 
-def print_row(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int], media: int) -> None:
-    """A row as the model sees it: green learned, grey masked, blue the placeholders of its media."""
-    before = tokenizer.decode([token for token in prefix if token != media])
-    shown = [f"\033[90m{before}\033[0m"]
-    shown.append(f"\033[34m[{prefix.count(media)} x {tokenizer.convert_ids_to_tokens(media)}]\033[0m")
+def print_row(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int], media: list) -> None:
+    """A row as the model sees it: green learned, grey masked, blue the placeholders, those whose IDs are in `media`."""
+    shown = []
+    for placeholder, run in groupby(prefix, lambda token: token if token in media else None):
+        tokens = list(run)
+        named = f"{len(tokens)} x {tokenizer.convert_ids_to_tokens(placeholder)}" if placeholder is not None else None
+        shown.append(f"\033[34m[{named}]\033[0m" if named else f"\033[90m{tokenizer.decode(tokens)}\033[0m")
     for piece, label in zip(tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
         shown.append(f"\033[{90 if label < 0 else 32}m{piece}\033[0m")
     print(f"row {name}, learned green, masked grey, media blue:\n{' '.join(shown)}")
@@ -1200,7 +1233,7 @@ class Metrics:
             left = (self.printed - self.begun) / (step - self.first) * (self.total - step)
             self.say(
                 f"step {step:05d}/{self.total} | loss {values['loss']:.4f} | grad {values['grad_norm']:.2f} | "
-                f"lr {values['lr']:.2e} | {values['images']} images, {values['questions']} questions | "
+                f"lr {values['lr']:.2e} | {values['media']} media, {values['questions']} questions | "
                 f"{values['questions_per_s']:.1f} questions/s | {left / 60:.1f} min left"
             )
 

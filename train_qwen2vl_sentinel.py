@@ -500,6 +500,11 @@ def measure(data: Path, name: str) -> tuple[int, int]:
     return image.size
 
 
+def score(prediction: str | None, row: Row) -> dict[str, bool]:
+    """{"exact", "tolerant"}"""
+    return common.score_answer(prediction, row.answer, row.question_type)
+
+
 def answer_limit(row: Row, args) -> int:
     """The most tokens of a free answer."""
     return min(args.max_answer_tokens, MAX_ANSWER_TOKENS.get(row.question_type, args.max_answer_tokens))
@@ -629,7 +634,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
                 loss=loss,
                 grad_norm=grad_norm,
                 lr=optimizer.param_groups[0]["lr"],
-                images=len(trees),
+                media=len(trees),
                 questions=len(ids),
                 tokens=tokens,
                 tokens_per_s=tokens / seconds,
@@ -686,7 +691,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     if args.sentinels == "keep" and args.decode != "free":
         raise SystemExit("--sentinels keep: where an answer ends is not learned there; only --decode free is possible")
     rows, faults = read_data(data, args)
-    found, text.measured = runtime.check_media(data, rows, measure)
+    found, text.measured, shared = runtime.check_media(data, rows, measure)
     faults += found
     splits, trees, counts = {}, {}, {}
     for split in ("train", "val", "test"):
@@ -698,7 +703,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
         splits[split] = [row for row in part if row.where not in bad]
         counts[split] = {
             "questions": len(splits[split]),
-            "images": len({name for row in splits[split] for name in row.media}),
+            "files": len({name for row in splits[split] for name in row.media}),
             "tokens": sum(len(tree) for tree in trees[split]),
             "learned_tokens": sum(tree.learned() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
@@ -708,7 +713,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
     for tree in (trees["train"] or trees[args.eval_split])[:5]:
         runtime.print_learned(text.tokenizer, tree.ids[0], tree.prefix, *tree.branches[0])
-    report = {"splits": counts, **text.report}
+    report = {"splits": counts, "shared_with_earlier_splits": shared, **text.report}
     runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
     if not (args.eval_only or args.check or splits["train"]):
         raise SystemExit(f"--data {data}: no training rows")
@@ -791,7 +796,8 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
         limits = [answer_limit(rows[name], run.args) for name in ids]
         answers = common.decode(read, model.lm_head, packed, tokenizer.eos_token_id, limits, tries)
         for name, tokens in zip(ids, answers, strict=True):
-            found[name] = {"prediction": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            text, ended = tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] == tokenizer.eos_token_id
+            found[name] = {"prediction": text.strip(), "ended": ended}
         shown.update(len(ids))
     shown.close()
     return found
@@ -848,17 +854,22 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     records = []
     for row in rows:  # every row, answered or not
         answered = found.get(row.id, {"prediction": None})
-        scored = common.score_answer(answered["prediction"], row.answer, row.question_type)
+        scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
         known |= {"question": row.question, "answer": row.answer, **answered}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
     majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
     results = common.summarise(records, majority)
-    results |= {"split": run.args.eval_split, "decode": run.args.decode, "questions_per_s": len(rows) / seconds}
+    cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
+    results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
+    results |= {"questions_per_s": len(rows) / seconds}
     runtime.write_jsonl(run.folder / "predictions.jsonl", records)
     runtime.write_json(run.folder / "results.json", results)
     print(common.results_table(results))
-    print(f"answered {len(rows)} questions in {seconds:.1f} s, listed in {run.folder / 'predictions.jsonl'}")
+    print(
+        f"answered {len(rows)} questions in {seconds:.1f} s, {cut} cut off before EOS, listed in "
+        f"{run.folder / 'predictions.jsonl'}"
+    )
     return results
 
 
@@ -981,7 +992,7 @@ def main(argv=None) -> None:
             row = next((rows[0] for rows in splits.values() if rows), None)
             if row is None:
                 raise SystemExit("no row is left")
-            runtime.print_row(text.tokenizer, row.id, *encode_row(row, text), text.image_id)
+            runtime.print_row(text.tokenizer, row.id, *encode_row(row, text), [text.image_id])
             print("check passed")
             return
         run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), text))

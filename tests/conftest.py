@@ -18,7 +18,7 @@ transformers.logging.disable_progress_bar()
 def demo_of(name: str, folder):
     """`model`, whose tower is left random to save its training, and `data` of 60 images. Tests must not write here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "pretrain_tower", lambda tower, seed: None)
+        patch.setattr(demo, "pretrain_tower", lambda *_: None)
         getattr(demo, f"write_{name}_model")(folder / "model", seed=0)
     getattr(demo, f"write_{name}_data")(folder / "data", images=60, seed=0)
     return folder

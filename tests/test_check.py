@@ -406,7 +406,7 @@ def test_the_clean_demo_passes_without_weights_and_shows_row_0(demo_folder, fold
     for split, images in IMAGES.items():
         rows = read_lines(folder / "data" / f"{split}.jsonl")
         assert report["splits"][split]["questions"] == len(rows)
-        assert report["splits"][split]["images"] == images
+        assert report["splits"][split]["files"] == images
         assert sum(report["splits"][split]["question_types"].values()) == len(rows)
 
 

@@ -259,7 +259,7 @@ def test_of_a_conversation_only_the_last_answer_is_learned(conversations, demo_f
 
 def test_rows_of_a_conversation_share_its_image_and_are_checked(conversations, demo_folder):
     counts = checked(conversations, demo_folder)
-    assert (counts["train"]["questions"], counts["train"]["images"]) == (4, 2)
+    assert (counts["train"]["questions"], counts["train"]["files"]) == (4, 2)
 
 
 @pytest.mark.parametrize(
