@@ -323,12 +323,15 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """(n,) at `rate` -> (n * 16000 / rate,) at 16 kHz: the spectrum is cut off, or filled up with zeros."""
     if rate == RATE:
         return samples
-    edge = np.zeros(rate // 10, samples.dtype)  # a spectrum is of a sound that repeats: its end must not meet its start
-    spectrum = np.fft.rfft(np.concatenate([edge, samples, edge]))
-    seconds = (len(samples) + 2 * len(edge)) / rate
-    length, start = round(seconds * RATE), round(len(edge) / rate * RATE)
+    unit, ours = rate // math.gcd(rate, RATE), RATE // math.gcd(rate, RATE)  # so many samples last as long as ours
+    # a spectrum is of a sound that repeats: a tenth of a second of silence keeps its end from its start
+    before = math.ceil(rate / 10 / unit) * unit
+    after = before + -len(samples) % unit
+    length = (before + len(samples) + after) // unit * ours
+    spectrum = np.fft.rfft(np.pad(samples, (before, after)))
     found = np.fft.irfft(spectrum[: length // 2 + 1], length) * (RATE / rate)
-    return found[start : start + math.ceil(len(samples) / rate * RATE)].astype(np.float32)
+    start = before // unit * ours
+    return found[start : start + math.ceil(len(samples) * RATE / rate)].astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ torch.set_num_threads(1)  # tiny models; two test processes at a time use the se
 transformers.logging.disable_progress_bar()
 
 
-def demo_of(name: str, folder):
-    """`model`, whose tower is left random to save its training, and `data` of 60 images. Tests must not write here."""
+def demo_of(name: str, folder, count: int = 60):
+    """`model`, whose towers are left random to save their training, and `data`. Tests must not write here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "pretrain_tower", lambda *_: None)
-        getattr(demo, f"write_{name}_model")(folder / "model", seed=0)
-    getattr(demo, f"write_{name}_data")(folder / "data", images=60, seed=0)
+        patch.setattr(demo, "pretrain_listener", lambda *_: None)
+        getattr(demo, f"write_{name}_model")(folder / "model", 0)
+    getattr(demo, f"write_{name}_data")(folder / "data", count, 0)
     return folder
 
 
@@ -32,3 +33,8 @@ def demo_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
     return demo_of("qwen2vl_sentinel", tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory):
+    return demo_of("surg_video_vqa", tmp_path_factory.mktemp("video"), 20)

@@ -32,13 +32,14 @@ def refused(folder: Path, out: Path, *flags, script=train_llava_med) -> str:
     return caught.value.code
 
 
-def load_demo(folder: Path, script=train_llava_med) -> SimpleNamespace:
+def load_demo(folder: Path, script=train_llava_med, *flags) -> SimpleNamespace:
     """A demo's args, text, rows, training trees, and what reads their images."""
     argv = ["--model", folder / "model", "--data", folder / "data", "--out", "never written", "--lora-dropout", 0]
+    argv += flags
     args = script.parse_arguments([str(a) for a in argv])
     text, faults = script.load_text(folder / "model", args)
     rows, problems = script.read_data(folder / "data", args)
-    text.measured = {row.image: script.measure(folder / "data", row.image) for row in rows}
+    text.measured = {name: script.measure(folder / "data", name) for row in rows for name in row.media}
     trees, found = script.build_prompts([row for row in rows if row.split == "train"], text, args)
     assert faults + problems + found == []
     read_media = partial(script.read_images, folder / "data", text)
