@@ -380,7 +380,7 @@ def texts_asked_and_answered():
 # ----------------------------------------------------------------------------------------------------------
 
 CLIP_LENGTH, CLIP_STEP = 8, 4  # frames of a clip, each the fourth of its video, as published
-FAR = 0.5  # how large a thing looks at the far end of the scope's way; 1 at the near end
+FAR = 0.4  # how large a thing looks at the far end of the scope's way; 1 at the near end
 SIZE_LIMITS = [13, 20, 30]  # radii in pixels that lie between the size classes
 OUTSIDE, INSIDE = 100, 20  # where an instrument's tip begins and ends, in pixels from the centre
 
@@ -1014,7 +1014,7 @@ COMMANDS = {
         write_surg_video_vqa_model,
         write_surg_video_vqa_data,
         "clips",
-        600,
+        700,
     ),
 }
 

@@ -1,0 +1,71 @@
+"""Does the model listen, does it watch? The demo's test split again, with silence for sound, and with frames shuffled.
+
+    make demo SCRIPT=surg_video_vqa           # a model that answers, and its test split
+    python benchmarks/ablations.py            # half a minute
+
+Copies of the data are answered by train_surg_video_vqa.py --eval-only with the run's last checkpoint. A model that
+listens falls to the blind majority of each type, or below, when it hears nothing; one that watches loses the questions
+about motion, and only these, when frames stand in another order.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import wave
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_surg_video_vqa as script
+
+
+def silence(data: Path) -> None:
+    """Every recording of the test split, as long as it was, with nothing in it."""
+    for path in (data / "audio/test").glob("*.wav"):
+        with wave.open(str(path)) as file:
+            settings, count = file.getparams(), file.getnframes()
+        path.unlink()  # a hard link to the original
+        with wave.open(str(path), "wb") as file:
+            file.setparams(settings)
+            file.writeframes(bytes(count * settings.nchannels * settings.sampwidth))
+
+
+def shuffle(data: Path) -> None:
+    """The frames of each test clip in a random order."""
+    path, draw = data / "test_multivideo.jsonl", random.Random(0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    for row in rows:
+        del row["frame_numbers"]  # they would tell, and the rows be refused
+        draw.shuffle(row["frames"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo/surg_video_vqa"), help="(default: %(default)s)")
+    parser.add_argument("--eval-frames", type=int, default=4, help="as it was trained (default: 4)")
+    args = parser.parse_args()
+    checkpoint = sorted((args.demo / "run/checkpoints").glob("step-????????"))[-1]
+    results = {}
+    for name, change in {"as it is": lambda data: None, "silence": silence, "shuffled": shuffle}.items():
+        with tempfile.TemporaryDirectory(dir=args.demo) as folder:
+            data = Path(folder) / "data"
+            shutil.copytree(args.demo / "data", data, copy_function=os.link)
+            change(data)
+            flags = ["--eval-only", "--resume", checkpoint, "--eval-frames", args.eval_frames]
+            flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
+            script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])
+            results[name] = json.loads((Path(folder) / "run/results.json").read_text())
+    print(f"\n{'question type':<24}{'n':>5}" + "".join(f"{name:>10}" for name in [*results, "majority"]))
+    for kind, found in [*results["as it is"]["types"].items(), ("all", results["as it is"]["all"])]:
+        right = [(r["all"] if kind == "all" else r["types"][kind])["exact"] for r in results.values()]
+        print(f"{kind:<24}{found['n']:>5}" + "".join(f"{share:>10.1%}" for share in [*right, found["majority"]]))
+
+
+if __name__ == "__main__":
+    main()
