@@ -977,7 +977,8 @@ def summarise(records: list[dict], majority: dict[str, str], resamples: int = 10
 
     Every record counts, answered or not. Each entry has n, exact, tolerant, majority (the blind floor: always the
     training majority of the type) and interval, 95 % of bootstrap resamples of whole groups, because the questions
-    of one image or patient are not independent. A record has question_type, answer, group, correct, tolerant.
+    of one image or patient are not independent; None for a single group, which tells nothing about another. A record
+    has question_type, answer, group, correct, tolerant.
     """
     if not records:
         raise ValueError("no rows to summarise")
@@ -1006,19 +1007,21 @@ def _accuracy(records, majority, resamples) -> dict:
         "exact": sum(r["correct"] for r in records) / len(records),
         "tolerant": sum(r["tolerant"] for r in records) / len(records),
         "majority": floor / len(records),
-        "interval": np.quantile(right / n, [0.025, 0.975]).tolist(),
+        "interval": np.quantile(right / n, [0.025, 0.975]).tolist() if len(groups) > 1 else None,
     }
 
 
 def results_table(results: dict) -> str:
     """The summary as text: a line a question type, then all questions."""
-    lines = [f"{'question type':<16}{'n':>7}{'exact':>9}{'tolerant':>10}{'majority':>10}{'95 % interval':>18}"]
+    width = max(16, 1 + max(map(len, results["types"])))
+    lines = [f"{'question type':<{width}}{'n':>7}{'exact':>9}{'tolerant':>10}{'majority':>10}{'95 % interval':>18}"]
     for kind, r in [*results["types"].items(), ("all", results["all"])]:
-        low, high = r["interval"]
+        interval = "{:.1%} – {:.1%}".format(*r["interval"]) if r["interval"] else "one group"
         lines.append(
-            f"{kind:<16}{r['n']:>7}{r['exact']:>9.1%}{r['tolerant']:>10.1%}{r['majority']:>10.1%}"
-            f"{f'{low:.1%} – {high:.1%}':>18}"
+            f"{kind:<{width}}{r['n']:>7}{r['exact']:>9.1%}{r['tolerant']:>10.1%}{r['majority']:>10.1%}{interval:>18}"
         )
     macro = results["macro"]
-    lines.append(f"{'mean of types':<23}{macro['exact']:>9.1%}{macro['tolerant']:>10.1%}{macro['majority']:>10.1%}")
+    lines.append(
+        f"{'mean of types':<{width + 7}}{macro['exact']:>9.1%}{macro['tolerant']:>10.1%}{macro['majority']:>10.1%}"
+    )
     return "\n".join(lines)

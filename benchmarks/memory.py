@@ -7,7 +7,8 @@
 Weights are random and bf16, what is trained is float32. One question a step, all 1,500 audio positions, square frames
 of 384 pixels (196 tokens each), gradient checkpointing. Training is two steps with AdamW, so that its moments are
 there; evaluation reads the prompt and decodes. Every layer is as large as any other, so the peak grows by the same
-amount with each: where the measured points lie on a line, it is followed to 28. Each measurement is a process of its own.
+amount with each: where the measured points lie on a line, it is followed to 28. Each is measured in a process of its
+own.
 """
 
 import argparse

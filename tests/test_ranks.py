@@ -16,6 +16,7 @@ from helpers import metrics_of, read_lines, read_tensors, run, stop_in
 import runtime
 import train_llava_med
 import train_qwen2vl_sentinel
+import train_surg_video_vqa
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
@@ -302,3 +303,44 @@ def test_what_ranks_say_to_each_other_arrives():
     codes, texts = ended(start([], before=TALK))
     assert codes == [0, 0], texts
     assert all("talked" in text for text in texts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One rank hears, the other does not
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_path):
+    """With --question both a row without a recording is asked in writing: its rank has no use for the projector."""
+    shutil.copytree(video_folder, tmp_path / "demo")
+    silent = set()
+    for split, name in train_surg_video_vqa.PUBLISHED.items():
+        path = tmp_path / f"demo/data/{name}_multivideo.jsonl"
+        rows = read_lines(path)
+        for number, row in enumerate(rows):
+            row["frames"] = [f"frames/{row['video_id']}/{frame}.jpg" for frame in row["frames"]]
+            row["audio"] = f"audio/{name}/{row['id']}.wav"
+            if number % 2:
+                del row["audio"]
+                silent.add(row["id"])
+        path.with_name(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.unlink()
+    flags = ["--model", tmp_path / "demo/model", "--audio-model", tmp_path / "demo/whisper"]
+    flags += ["--data", tmp_path / "demo/data", "--question", "both", "--limit", 12, "--questions-per-step", 2]
+    flags += ["--max-steps", 5, "--lr", 1e-3, "--lora-dropout", 0, "--max-answer-tokens", 3, "--frames", 2]
+    flags += ["--save-every", 1, "--keep", 10]
+    train_surg_video_vqa.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
+    kinds = [[name in silent for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
+    assert any(len(set(kind)) == 2 for kind in kinds)  # one of each in a step, and so a rank each
+    for parallel in ("ddp", "fsdp"):
+        out = tmp_path / parallel
+        processes = start([*flags, "--out", out, "--parallel", parallel], script=train_surg_video_vqa)
+        codes, texts = ended(processes)
+        assert codes == [0, 0], texts
+        assert_close(out, tmp_path / "one")
+        for step in ("step-00000001", "step-00000003"):  # Adam's first moment is a mean of the gradients
+            ours, theirs = (read_tensors(path / "checkpoints" / step) for path in (out, tmp_path / "one"))
+            moments = [key for key in theirs if key[1].endswith("exp_avg")]
+            assert any("audio_projector" in name for _, name in moments)
+            for key in moments:
+                assert (ours[key] - theirs[key]).norm() <= 1e-4 * theirs[key].norm() + 1e-7, key
