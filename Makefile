@@ -7,8 +7,8 @@ PYTHON ?= python3
 SCRIPT ?= llava_med
 DEMO = runs/demo/$(SCRIPT)
 llava_med_flags = --tune full --lr 1e-3 --epochs 8 --pack-tokens 512 --eval-every 400
-surg_video_vqa_flags = --audio-model $(DEMO)/whisper --tune full --lr 3e-4 --epochs 8 --questions-per-step 8 \
-	--pack-tokens 512 --frames 4 --eval-frames 4 --target short_answer --eval-every 400
+surg_video_vqa_flags = --audio-model $(DEMO)/whisper --tune full --lr 3e-4 --epochs 7 --questions-per-step 8 \
+	--pack-tokens 1280 --frames 4 --eval-frames 4 --target short_answer --eval-every 400
 qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1

@@ -15,7 +15,8 @@ The model reads, in its own chat template:
     make demo SCRIPT=surg_video_vqa                                         # on a CPU, from nothing; or by hand:
     python demo.py surg_video_vqa && python train_surg_video_vqa.py --model runs/demo/surg_video_vqa/model \\
         --audio-model runs/demo/surg_video_vqa/whisper --data runs/demo/surg_video_vqa/data \\
-        --out runs/demo/surg_video_vqa/run --tune full --lr 1e-3 --epochs 8 --questions-per-step 32
+        --out runs/demo/surg_video_vqa/run --tune full --lr 3e-4 --epochs 7 --questions-per-step 8 --pack-tokens 1280 \\
+        --frames 4 --eval-frames 4 --target short_answer
     python train_surg_video_vqa.py --model QWEN2_VL --audio-model WHISPER --data DATA --out RUN --check    # the proof
     python train_surg_video_vqa.py --model QWEN2_VL --audio-model WHISPER --data DATA --out RUN            # one GPU
     torchrun --standalone --nproc-per-node 4 train_surg_video_vqa.py --model QWEN2_VL --audio-model WHISPER \\
