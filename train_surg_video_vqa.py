@@ -657,7 +657,6 @@ def graft(vlm: Qwen2VLForConditionalGeneration, config) -> None:
     """Add the audio encoder and the projector from its width to the language model's, as config.audio_config says."""
     if config.audio_config:
         audio = WhisperConfig(**config.audio_config)
-        audio._attn_implementation = "sdpa"
         vlm.audio_tower = WhisperEncoder(audio)
         vlm.audio_projector = nn.Linear(audio.d_model, config.text_config.hidden_size, bias=False)
 
