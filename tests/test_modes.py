@@ -91,7 +91,7 @@ def test_predictions_has_a_line_a_question_and_results_count_them(demo_folder, t
     assert [(line["id"], line["answer"], line["group"]) for line in lines] == [
         (row["id"], row["answer"], row["group"]) for row in rows
     ]
-    keys = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "tolerant"}
+    keys = {"id", "group", "media", "question_type", "question", "answer", "prediction", "ended", "correct", "tolerant"}
     assert [line.keys() for line in lines] == [keys] * 24
     results = json.loads((trained / "results.json").read_text())
     assert results["all"]["n"] == sum(entry["n"] for entry in results["types"].values()) == 24
