@@ -204,12 +204,12 @@ def expand_placeholder(input_ids: list[int], token_id: int, counts: list[int]) -
     return [token for t in input_ids for token in ([t] * next(left) if t == token_id else [t])]
 
 
-def check_placeholders(input_ids, token_id: int, features: int) -> None:
+def check_placeholders(input_ids, token_id: int, features: int, what: str = "image") -> None:
     """Raise ValueError unless exactly `features` of input_ids (list or tensor) are the placeholder."""
     tokens = int((torch.as_tensor(input_ids) == token_id).sum())
     if tokens != features:
         raise ValueError(
-            f"Image features and image tokens do not match, tokens: {tokens}, features: {features} "
+            f"{what.capitalize()} features and {what} tokens do not match, tokens: {tokens}, features: {features} "
             f"(placeholder ID {token_id}; it is read from config.json and must not be computed or truncated away)"
         )
 

@@ -80,8 +80,8 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--tune", choices=["lora", "full"], default="lora", help="adapters, or every parameter (default: lora)")
-    add("--lora-r", type=positive, default=16, help="rank (default: 16)")
-    add("--lora-alpha", type=float, default=32, help="scaling is alpha / r (default: 32)")
+    add("--lora-r", type=positive, default=16, help="rank (default: %(default)s)")
+    add("--lora-alpha", type=float, default=32, help="scaling is alpha / r (default: %(default)s)")
     add("--lora-dropout", type=float, default=0.05, help="(default: 0.05)")
     add("--rslora", action=yes_no, default=False, help="scaling alpha / sqrt(r) instead")
 
@@ -642,20 +642,23 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
         problems.append(f"{folder / 'config.json'}: {text}")
     if not weights:
         return problems
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").exists():
-        shards = ["model.safetensors"]
-    else:
-        shards = []
+    shards = weight_files(folder)
+    if not shards:
         other = ", ".join(p.name for p in folder.glob("*.bin")) or "no weights"
         problems.append(f"{folder}: model.safetensors is missing ({other} found; pickled weights are never read)")
     for shard in shards:
-        fault = _safetensors_fault(folder / shard)
+        fault = _safetensors_fault(shard)
         if fault:
-            problems.append(f"{folder / shard}: {fault}")
+            problems.append(f"{shard}: {fault}")
     return problems
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The shards that the index names, or model.safetensors; not whatever else lies in the folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [path for path in [folder / "model.safetensors"] if path.exists()]
 
 
 def _safetensors_fault(path: Path) -> str | None:
@@ -1002,6 +1005,8 @@ def adopt_settings(checkpoint: Path, args: argparse.Namespace, own: list[str]) -
     """
     same = json.loads((checkpoint / "state.json").read_text())["same"]
     for name in ("tune", "lora_r", "lora_alpha", "rslora", "sentinels", *own):
+        if name not in same:
+            raise SystemExit(f"{checkpoint} is of another script, or of an older version: it does not say its {name}")
         if getattr(args, name) != same[name]:
             print(f"{name} {same[name]} (from {checkpoint})")
             setattr(args, name, same[name])

@@ -266,7 +266,7 @@ def features_per_image(config) -> int:
     )
 
 
-def render(tokenizer, row: Row) -> str:
+def render(row: Row, text: Text) -> str:
     """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
     opening, closing = common.SENTINELS
     messages = []
@@ -274,12 +274,12 @@ def render(tokenizer, row: Row) -> str:
         question = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [{"type": "image"}, question] if i == 0 else [question]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
+    before, _, after = text.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
     # A template's space before the answer belongs to the answer: the prompt then ends where the template's own
     # generation prompt ends, and SentencePiece gives the answer's first word its usual piece.
     prompt = before.rstrip(" ")
     space = before[len(prompt) :]
-    return prompt + opening + space + after.partition(closing)[0] + closing + tokenizer.eos_token
+    return prompt + opening + space + after.partition(closing)[0] + closing + text.tokenizer.eos_token
 
 
 def refuse_tokens(row: Row, text: Text) -> None:
@@ -295,9 +295,7 @@ def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
 
     The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
     """
-    input_ids, labels = common.encode_supervised(
-        text.tokenizer, render(text.tokenizer, row), keep_sentinels=text.keep_sentinels
-    )
+    input_ids, labels = common.encode_supervised(text.tokenizer, render(row, text), keep_sentinels=text.keep_sentinels)
     if input_ids[: len(text.bos)] != text.bos:  # once, also where the chat template writes it
         input_ids, labels = text.bos + input_ids, [IGNORE] * len(text.bos) + labels
     cut = input_ids.index(text.image_id) + 1
@@ -725,8 +723,9 @@ def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
     # a candidate may be longer than any answer, which all fit
     longest = max((len(tree.prefix) + len(ids) for tree in prompts for ids, _ in tree.branches), default=0)
-    some = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    few = Steps(some, max(run.args.pack_tokens, longest), run.read_media)
+    size = max(run.args.pack_tokens, longest)
+    few = max(1, 2 * size * len(prompts) // max(1, sum(map(len, prompts))))  # trees of about two rows, with their media
+    few = Steps([prompts[i : i + few] for i in range(0, len(prompts), few)], size, run.read_media)
     for rows in start_loader(few, run.args.workers):
         if isinstance(rows, ValueError):
             raise SystemExit(f"{rows}. Mend the file and start again")
@@ -765,7 +764,7 @@ def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]
     """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
     if not row.candidates:
         return []
-    key = render(text.tokenizer, replace(row, answer="")), *row.candidates  # of many images the same is asked
+    key = render(replace(row, answer=""), text), *row.candidates  # of many images the same is asked
     if key not in text.branches:
         text.branches[key] = [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates]
     return text.branches[key]

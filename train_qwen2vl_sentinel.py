@@ -298,7 +298,7 @@ def find_image_token(tokenizer, config) -> int:
     return image_id
 
 
-def render(tokenizer, row: Row) -> str:
+def render(row: Row, text: Text) -> str:
     """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
     opening, closing = common.SENTINELS
     question = f"Question type: {row.question_type}\nQuestion: {row.question}"
@@ -307,8 +307,8 @@ def render(tokenizer, row: Row) -> str:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": opening + row.answer + closing}]},
     ]
-    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
-    return before + opening + after.partition(closing)[0] + closing + tokenizer.eos_token
+    before, _, after = text.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
+    return before + opening + after.partition(closing)[0] + closing + text.tokenizer.eos_token
 
 
 def refuse_tokens(row: Row, text: Text) -> None:
@@ -324,9 +324,7 @@ def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
 
     The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
     """
-    input_ids, labels = common.encode_supervised(
-        text.tokenizer, render(text.tokenizer, row), keep_sentinels=text.keep_sentinels
-    )
+    input_ids, labels = common.encode_supervised(text.tokenizer, render(row, text), keep_sentinels=text.keep_sentinels)
     cut = input_ids.index(text.image_id) + 1
     prefix = common.expand_placeholder(input_ids[:cut], text.image_id, [text.features(row.image)])
     return prefix, input_ids[cut:], labels[cut:]
@@ -767,8 +765,9 @@ def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
     # a candidate may be longer than any answer, which all fit
     longest = max((len(tree.prefix) + len(ids) for tree in prompts for ids, _ in tree.branches), default=0)
-    some = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    few = Steps(some, max(run.args.pack_tokens, longest), run.read_media)
+    size = max(run.args.pack_tokens, longest)
+    few = max(1, 2 * size * len(prompts) // max(1, sum(map(len, prompts))))  # trees of about two rows, with their media
+    few = Steps([prompts[i : i + few] for i in range(0, len(prompts), few)], size, run.read_media)
     for rows in start_loader(few, run.args.workers):
         if isinstance(rows, ValueError):
             raise SystemExit(f"{rows}. Mend the file and start again")
@@ -807,7 +806,7 @@ def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]
     """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
     if not row.candidates:
         return []
-    key = render(text.tokenizer, replace(row, answer="")), *row.candidates  # of many images the same is asked
+    key = render(replace(row, answer=""), text), *row.candidates  # of many images the same is asked
     if key not in text.branches:
         text.branches[key] = [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates]
     return text.branches[key]

@@ -35,6 +35,7 @@ import time
 import unicodedata
 import wave
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,9 @@ RATE = 16_000  # samples a second, as every Whisper was trained with
 SAMPLES = 320  # of one audio position: a spectrum every 160 samples, of which the second convolution keeps each other
 # every projection of the language model
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-# flags of this script alone that a checkpoint is bound to
+# what a checkpoint of this script is bound to: its flags, and a fingerprint of the encoder
 OWN_SETTINGS = ["question", "target", "frames", "frame_size", "audio_tokens", "audio_weights"]
+TRAINED_WITH = OWN_SETTINGS[:-1]  # what a saved model's config.json says of its training
 # declared here, so that anybody can object: in the "tolerant" column a member counts as any other of its line
 SYNONYMS = [
     {"sigma", "sigmoid", "sigmoid colon"},
@@ -123,7 +125,7 @@ class Row:
     also_right: list[str]  # the same answer in its other form
     question_type: str
     candidates: list[str] | None
-    group: str  # the video; the first frame where nothing else is known
+    group: str  # the video
 
     @property
     def media(self) -> list[str]:
@@ -144,10 +146,16 @@ FIELDS |= {"group", "video_id", "frame_numbers", "total_frames"}
 def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder, canonical or SurgViVQA's, and those that cannot be used."""
     published = {split: data / f"{name}_multivideo.jsonl" for split, name in PUBLISHED.items()}
-    files = {s: path for s, path in published.items() if path.is_file()} or runtime.data_files(data)
+    files = {split: path for split, path in published.items() if path.is_file()}
+    other = [path.name for path in data.glob("*.json*") if path not in files.values()]
+    if files and other:
+        raise SystemExit(f"--data {data}: {', '.join(other)} beside SurgViVQA's own files; keep one of the two")
+    files = files or runtime.data_files(data)
     read = [row for split, path in files.items() for row in read_file(data, path, split, args)]
+    shared = two_questions([row for row in read if isinstance(row, Row)])  # of all, before --limit chooses
     rows, problems = runtime.choose_rows(read, args)
-    return rows, problems + two_questions(rows)
+    chosen = {row.where for row in rows}
+    return rows, problems + [problem for problem in shared if problem.where in chosen]
 
 
 def read_file(data: Path, path: Path, split: str | None, args):
@@ -167,37 +175,62 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, args) -> Ro
     wrong = runtime.misspelt(entry, FIELDS)
     if wrong:
         raise ValueError(wrong)
-    names, numbers = entry.get("frames"), entry.get("frame_numbers")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"frames must be a list of files, in the order of time: {names!r}")
-    if numbers is not None and not (isinstance(numbers, list) and len(numbers) == len(names) == len(set(numbers))):
-        raise ValueError(f"frame_numbers {numbers!r} are not one for each of {len(names)} frames")
-    if numbers is not None and numbers != sorted(numbers):
-        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be learned wrongly")
+    video, name, group = (None if entry.get(k) in (None, "") else str(entry[k]) for k in ("video_id", "id", "group"))
     published = is_published(where)
-    video, name = (None if entry.get(key) in (None, "") else str(entry[key]) for key in ("video_id", "id"))
-    frames = [find_file(data, frame, [f"frames/{video}/{frame}"], FRAME_FILES) for frame in names]
-    group = (video or frames[0]) if entry.get("group") in (None, "") else str(entry["group"])
+    if published and None in (video, name):
+        raise ValueError("no id or no video_id, by which SurgViVQA's files name recordings and frames")
+    if (group or video) is None:
+        raise ValueError("no video_id and no group: the clips of one video must not be in two splits, so name it")
     # the tokenizer composes accents (NFC): what is learned must equal what is asked for
     composed = {k: unicodedata.normalize("NFC", v) if isinstance(v, str) else v for k, v in entry.items()}
     forms = [str(composed[key]).strip() for key in ("answer", "short_answer") if composed.get(key) not in (None, "")]
     if args.target not in composed and forms:
         raise ValueError(f"no {args.target}; give one, or choose the other --target")
     fields = common.question_fields({**composed, "answer": composed.get(args.target)})
-    split = split or runtime.split_of(group)
-    audio = find_recording(data, where, entry, split) if args.question != "text" else None
-    if args.question == "audio" and audio is None:
-        raise ValueError("no audio, by which --question audio asks; name the recording, or use --question both")
     return Row(
         where=where,
-        split=split,
+        split=split or runtime.split_of(group or video),
         id=f"{video}/{name}" if published else name or where,  # SurgViVQA counts from one in each of its videos
-        frames=frames,
-        audio=audio,
+        frames=find_frames(data, entry, published),
+        audio=find_recording(data, where, entry, args.question),
         also_right=[form for form in forms if form != fields["answer"]],
-        group=group,
+        group=group or video,
         **fields,
     )
+
+
+def find_frames(data: Path, entry: dict, published: bool) -> list[str]:
+    names, numbers = entry.get("frames"), entry.get("frame_numbers")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"frames must be a list of files, in the order of time: {names!r}")
+    if numbers is not None and (not isinstance(numbers, list) or [type(n) for n in numbers] != [int] * len(names)):
+        raise ValueError(f"frame_numbers must be a whole number for each of the {len(names)} frames: {numbers!r}")
+    if numbers is not None and numbers != sorted(numbers):
+        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be learned wrongly")
+    if published:
+        names = [find_file(data, f"frames/{entry['video_id']}/{name}", FRAME_FILES) for name in names]
+    if any(Path(name).suffix.lower() not in FRAME_FILES for name in names):
+        raise ValueError(f"frames must be files ending in {', '.join(FRAME_FILES)}: {names}")
+    return names
+
+
+def find_recording(data: Path, where: str, entry: dict, question: str) -> str | None:
+    """The row's recording: "audio", or in SurgViVQA's files audio/SPLIT/ID; None where it has none or needs none."""
+    if question == "text":
+        return None
+    name = entry.get("audio")
+    if name in (None, "") and is_published(where):
+        file = where.partition(".jsonl")[0]
+        folders = [f"audio/{folder}" for folder in (file.partition("_")[0], file)]
+        folder = next((folder for folder in folders if (data / folder).is_dir()), folders[0])
+        name = find_file(data, f"{folder}/{entry['id']}", AUDIO_FILES)
+    if name in (None, ""):
+        if question == "audio":
+            raise ValueError("no audio, by which --question audio asks; name the recording, or use --question both")
+        return None
+    if Path(str(name)).suffix.lower() not in AUDIO_FILES:
+        raise ValueError(f"audio must be a file ending in {', '.join(AUDIO_FILES)}: {name!r}; convert it to 16-bit WAV")
+    return str(name)
 
 
 def is_published(where: str) -> bool:
@@ -205,22 +238,12 @@ def is_published(where: str) -> bool:
     return "_multivideo.jsonl:" in where
 
 
-def find_file(data: Path, name: str, elsewhere: list[str], suffixes: tuple[str, ...]) -> str:
-    """`name` itself, or the first of the places `elsewhere` with one of the suffixes; `name` where there is none."""
-    found = [name, *(place + suffix for place in elsewhere for suffix in suffixes)]
-    return next((path for path in found if (data / path).is_file()), name)
-
-
-def find_recording(data: Path, where: str, entry: dict, split: str) -> str | None:
-    """The row's recording: "audio", or in SurgViVQA's files audio/SPLIT/ID; None where it has none."""
-    if entry.get("audio") not in (None, ""):
-        return str(entry["audio"])
-    if not is_published(where):
-        return None
-    file = where.partition(".jsonl")[0]
-    folders = (file.removesuffix("_multivideo"), file, split)
-    places = [f"audio/{folder}/{entry.get('id')}" for folder in folders]
-    return find_file(data, f"{places[0]}.wav", places, AUDIO_FILES)
+def find_file(data: Path, path: str, suffixes: tuple[str, ...]) -> str:
+    """The path with whichever of the suffixes it has on the disk; with the first where there is none."""
+    found = [path, *(path + suffix for suffix in (*suffixes, *map(str.upper, suffixes)))]
+    with suppress(OSError):  # a name too long for any file
+        return next((one for one in found if (data / one).is_file()), found[1])
+    return found[1]
 
 
 def two_questions(rows: list[Row]) -> list[Problem]:
@@ -278,11 +301,16 @@ def read_audio(data: Path, name: str) -> np.ndarray:
     path = runtime.inside(data, name)
     try:
         samples, rate = read_wav(path) if path.suffix.lower() == ".wav" else read_sound(path)  # (samples, channels)
+        if not 4_000 <= rate <= 400_000:
+            raise ValueError(f"{rate} samples a second; the header is damaged, copy it again")
+        if not np.isfinite(samples).all():
+            raise ValueError("not all of its samples are numbers; record it again")
+        mono = samples.mean(axis=1)
+        if not mono.any():  # also of no samples at all
+            raise ValueError("it is silent (or its channels cancel each other): nothing is asked; record it again")
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
-    if len(samples) == 0 or not np.isfinite(samples).all():
-        raise ValueError(f"{name} holds {len(samples)} samples, not all of them numbers; record it again")
-    return resample(samples.mean(axis=1), rate)
+    return resample(mono, rate)
 
 
 def read_wav(path: Path) -> tuple[np.ndarray, int]:
@@ -290,15 +318,18 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
     try:
         with wave.open(str(path)) as file:
             channels, width, rate, count = file.getparams()[:4]
+            size = count * channels * width
             raw = file.readframes(count)
-    except wave.Error as error:
-        if "unknown format" in str(error):  # float, compressed
-            return read_sound(path)
-        raise ValueError(f"no WAV file ({error})") from None
     except EOFError:
         raise ValueError("the file ends within its header; copy it again") from None
-    if len(raw) != count * channels * width:
-        raise ValueError(f"{len(raw)} bytes instead of {count * channels * width}: cut off; copy it again")
+    except Exception as error:  # a damaged header makes it raise anything
+        if str(error).startswith("unknown"):  # float, compressed
+            return read_sound(path)
+        raise ValueError(f"no WAV file ({error})") from None
+    if size > 2**31 - 2**16:  # written to a pipe, which had no length to write yet
+        return read_sound(path)
+    if len(raw) != size:
+        raise ValueError(f"{len(raw)} bytes instead of {size}: cut off; copy it again")
     pcm = np.frombuffer(raw, np.uint8).reshape(-1, width)
     if width == 1:  # 8 bits are unsigned
         pcm = pcm ^ 0x80
@@ -315,9 +346,14 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
         text = f"{path.suffix} needs soundfile: pip install soundfile, or convert the recordings to 16-bit WAV"
         raise ValueError(text) from None
     try:
-        return soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            expected = file.frames  # an MP3 tells it in its first frame, if at all
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise ValueError(str(error)) from None
+    if len(samples) < expected < 2**31:
+        raise ValueError(f"{len(samples)} samples instead of {expected}: cut off; copy it again")
+    return samples, file.samplerate
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -346,9 +382,9 @@ class Text:
 
     tokenizer: object
     processor: object  # of images
-    extractor: object  # of recordings: spectra of Whisper's window; None where nothing is heard
+    extractor: object  # of recordings: spectra of Whisper's window; None for a model without an audio encoder
     image_id: int | None  # None where config.json has it wrong
-    audio_id: int | None  # None where nothing is heard
+    audio_id: int | None  # None for a model without an audio encoder
     rope_index: object  # the model's own function: tokens and image grids -> M-RoPE positions
     settings: object  # the flags
     keep_sentinels: bool
@@ -394,6 +430,7 @@ class Text:
 def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     """Tokenizer, image processor and position function, and the faults of the checkpoint's own files."""
     config = model_config(folder, args)
+    choose_question(config, args)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
     if older.is_file() and not (folder / "chat_template.jinja").is_file():
@@ -423,8 +460,10 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     if args.frames != args.eval_frames:
         print(f"frames differ: a training clip has up to {args.frames}, one of val and test up to {args.eval_frames}")
     report = {"image_token": image_id, "audio_token": audio_id, "pad": pad_line}
-    told = ("question", "target", "frames", "eval_frames", "frame_size", "audio_tokens")
-    report |= {name: getattr(args, name) for name in told}
+    report |= {name: getattr(args, name) for name in (*TRAINED_WITH, "eval_frames")}
+    for name, value in (getattr(config, "trained_with", None) or {}).items():
+        if value != report[name]:
+            print(f"--model {folder} was trained with {name} {value}; now it is {report[name]}")
     keep, rope_index = args.sentinels == "keep", meta_model(folder, args).model.get_rope_index
     return Text(tokenizer, processor, extractor, image_id, audio_id, rope_index, args, keep, report), problems
 
@@ -459,18 +498,19 @@ def find_audio_token(tokenizer, config) -> int:
     return ids[1]
 
 
-def render(tokenizer, row: Row, frames: int, question: str) -> str:
+def render(row: Row, text: Text) -> str:
     """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
     opening, closing = common.SENTINELS
     heard = [{"type": "text", "text": "".join(AUDIO_TOKENS)}] if row.audio else []
-    asked = SPOKEN if row.audio and question == "audio" else f"Question: {row.question}"
+    frames = [{"type": "image"}] * len(text.frames(row))
+    asked = SPOKEN if row.audio and text.settings.question == "audio" else f"Question: {row.question}"
     messages = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-        {"role": "user", "content": [*heard, *[{"type": "image"}] * frames, {"type": "text", "text": asked}]},
+        {"role": "user", "content": [*heard, *frames, {"type": "text", "text": asked}]},
         {"role": "assistant", "content": [{"type": "text", "text": opening + row.answer + closing}]},
     ]
-    before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
-    return before + opening + after.partition(closing)[0] + closing + tokenizer.eos_token
+    before, _, after = text.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
+    return before + opening + after.partition(closing)[0] + closing + text.tokenizer.eos_token
 
 
 def refuse_tokens(row: Row, text: Text) -> None:
@@ -488,11 +528,7 @@ def encode_row(row: Row, text: Text) -> tuple[list[int], list[int], list[int]]:
     the prefix, a written one in the branch.
     """
     frames = text.frames(row)
-    input_ids, labels = common.encode_supervised(
-        text.tokenizer,
-        render(text.tokenizer, row, len(frames), text.settings.question),
-        keep_sentinels=text.keep_sentinels,
-    )
+    input_ids, labels = common.encode_supervised(text.tokenizer, render(row, text), keep_sentinels=text.keep_sentinels)
     cut = len(input_ids) - input_ids[::-1].index(text.image_id)
     prefix = common.expand_placeholder(input_ids[:cut], text.image_id, [text.features(frame) for frame in frames])
     if row.audio:
@@ -510,7 +546,7 @@ def prove_row(row: Row, text: Text, prefix: list[int], input_ids: list[int], lab
         raise ValueError("a placeholder after the last frame's own")
     common.check_placeholders(prefix, text.image_id, sum(map(text.features, text.frames(row))))
     if text.audio_id is not None:
-        common.check_placeholders(prefix, text.audio_id, text.audio_positions(row.audio))
+        common.check_placeholders(prefix, text.audio_id, text.audio_positions(row.audio), "audio")
 
 
 def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list[Problem]]:
@@ -593,9 +629,9 @@ class SurgVideo(nn.Module):
         with self.autocast():
             embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
             if media is not None:
-                embeds = put(embeds, input_ids, self.image_id, self.image_features(media))
+                embeds = put(embeds, input_ids, self.image_id, self.image_features(media), "image")
                 if "input_features" in media:  # a row may hold written questions alone
-                    embeds = put(embeds, input_ids, self.audio_id, self.audio_features(media))
+                    embeds = put(embeds, input_ids, self.audio_id, self.audio_features(media), "audio")
             return self.decoder(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -621,9 +657,9 @@ class SurgVideo(nn.Module):
         return self
 
 
-def put(embeds: torch.Tensor, input_ids: torch.Tensor, token_id: int, features: torch.Tensor) -> torch.Tensor:
+def put(embeds, input_ids, token_id: int, features: torch.Tensor, what: str) -> torch.Tensor:
     """The embeddings (1, T, width) of tokens (1, T), with features (n, width) at the n placeholders."""
-    common.check_placeholders(input_ids, token_id, len(features))
+    common.check_placeholders(input_ids, token_id, len(features), what)
     return embeds.masked_scatter((input_ids == token_id).unsqueeze(-1), features.to(embeds.dtype))
 
 
@@ -633,7 +669,7 @@ def trains(module: nn.Module) -> bool:
 
 
 def model_config(folder: Path, args):
-    """The configuration, with that of --audio-model's encoder as audio_config; settles how questions are asked."""
+    """The configuration, with that of --audio-model's encoder as audio_config."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen2_vl":
         raise SystemExit(f"--model {folder}: model_type {config.model_type!r}, not qwen2_vl")
@@ -645,12 +681,16 @@ def model_config(folder: Path, args):
         if whisper.model_type != "whisper":
             raise SystemExit(f"--audio-model {args.audio_model}: model_type {whisper.model_type!r}, not whisper")
         config.audio_config = whisper.to_dict()
+    return config
+
+
+def choose_question(config, args) -> None:
+    """Settle how questions are asked where no flag says it."""
     args.question = args.question or ("audio" if config.audio_config else "text")
     if args.question != "text" and not config.audio_config:
-        raise SystemExit(f"--question {args.question}: {folder} has no audio encoder; give one with --audio-model")
+        raise SystemExit(f"--question {args.question}: the model has no audio encoder; give one with --audio-model")
     if args.question == "text" and args.audio_model:
         raise SystemExit("--audio-model with --question text: nothing would be heard; leave one of them out")
-    return config
 
 
 def graft(vlm: Qwen2VLForConditionalGeneration, config) -> None:
@@ -705,6 +745,7 @@ def load_model(folder: Path, args, text: Text, dtype) -> SurgVideo:
     common.separate_pad_from_eos(text.tokenizer, vlm)
     graft(vlm, config)
     vlm.config.audio_token_id = text.audio_id
+    vlm.config.trained_with = {name: text.report[name] for name in TRAINED_WITH}  # for whoever goes on from it
     if config.audio_config:
         nn.init.normal_(vlm.audio_projector.weight, std=vlm.config.text_config.initializer_range)
         if args.audio_model:
@@ -723,7 +764,7 @@ def load_model(folder: Path, args, text: Text, dtype) -> SurgVideo:
 def load_part(folder: Path, prefixes: tuple[str, ...], module: nn.Module) -> None:
     """Load one module's weights, those whose names begin with a prefix, from a folder of safetensors."""
     weights = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in runtime.weight_files(folder):
         with safe_open(path, "pt") as file:
             names = file.keys()
             for prefix in prefixes:
@@ -743,7 +784,7 @@ def verify_first_batch(model: SurgVideo, trees: list[Prompt], run) -> None:
         common.check_placeholders(row["input_ids"], model.image_id, len(model.image_features(row)))
         images += [tree.prefix.count(model.image_id) for tree in row["prompts"]]
         if "input_features" in row:
-            common.check_placeholders(row["input_ids"], model.audio_id, len(model.audio_features(row)))
+            common.check_placeholders(row["input_ids"], model.audio_id, len(model.audio_features(row)), "audio")
             positions += row["audio_positions"].tolist()
     print(f"image tokens: {min(images)} to {max(images)} per clip, ID {model.image_id} — verified")
     if positions:
@@ -1033,8 +1074,9 @@ def packed_rows(prompts: list[Prompt], run: Run):
     """Packed rows on the device, a few trees at a time: memory does not grow with the number of questions."""
     # a candidate may be longer than any answer, which all fit
     longest = max((len(tree.prefix) + len(ids) for tree in prompts for ids, _ in tree.branches), default=0)
-    some = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    few = Steps(some, max(run.args.pack_tokens, longest), run.read_media)
+    size = max(run.args.pack_tokens, longest)
+    few = max(1, 2 * size * len(prompts) // max(1, sum(map(len, prompts))))  # trees of about two rows, with their media
+    few = Steps([prompts[i : i + few] for i in range(0, len(prompts), few)], size, run.read_media)
     for rows in start_loader(few, run.args.workers):
         if isinstance(rows, ValueError):
             raise SystemExit(f"{rows}. Mend the file and start again")
@@ -1073,7 +1115,7 @@ def candidate_branches(row: Row, text: Text) -> list[tuple[list[int], list[int]]
     """(input_ids, labels) of the row's branch for each answer that is allowed; none where any text is."""
     if not row.candidates:
         return []
-    key = render(text.tokenizer, replace(row, answer="")), *row.candidates  # of many images the same is asked
+    key = render(replace(row, answer=""), text), *row.candidates  # of many images the same is asked
     if key not in text.branches:
         text.branches[key] = [encode_row(replace(row, answer=candidate), text)[1:] for candidate in row.candidates]
     return text.branches[key]
@@ -1230,6 +1272,7 @@ def main(argv=None) -> None:
         with torch.device("meta"):
             args.audio_model = audio_folder(args, weights=False)
             vlm = meta_model(runtime.model_folder(args.model, weights=False), args)
+            choose_question(vlm.config, args)
             prepare(vlm, args)
         runtime.print_parameters(vlm)
         return
@@ -1247,7 +1290,9 @@ def main(argv=None) -> None:
         # ---- the data is proved before any weights are read ----
         folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
         args.audio_model = runtime.on_first_rank(lambda: audio_folder(args, weights=not args.check))
-        weights = runtime.model_fingerprint(Path(args.audio_model)) if args.audio_model else None
+        weights = runtime.model_fingerprint(Path(args.audio_model))[:12] if args.audio_model else None
+        if args.audio_weights and weights is None:
+            raise SystemExit(f"{checkpoint} hears: give the encoder that it was trained with by --audio-model")
         if args.audio_weights not in (None, weights):
             raise SystemExit(f"--audio-model {args.audio_model}: {checkpoint} was trained with another encoder")
         args.audio_weights = weights

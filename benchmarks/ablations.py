@@ -3,9 +3,9 @@
     make demo SCRIPT=surg_video_vqa           # a model that answers, and its test split
     python benchmarks/ablations.py            # half a minute
 
-Copies of the data are answered by train_surg_video_vqa.py --eval-only with the run's last checkpoint. A model that
-listens falls to the blind majority of each type, or below, when it hears nothing; one that watches loses the questions
-about motion, and only these, when frames stand in another order.
+The data, then copies of it, are answered by train_surg_video_vqa.py --eval-only with the run's last checkpoint. A model
+that listens falls to the blind majority of each type, or below, when it hears nothing; one that watches loses the
+questions about motion when the same frames stand in another order.
 """
 
 import argparse
@@ -15,32 +15,23 @@ import random
 import shutil
 import sys
 import tempfile
-import wave
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_surg_video_vqa as script
 
 
-def silence(data: Path) -> None:
-    """Every recording of the test split, as long as it was, with nothing in it."""
-    for path in (data / "audio/test").glob("*.wav"):
-        with wave.open(str(path)) as file:
-            settings, count = file.getparams(), file.getnframes()
-        path.unlink()  # a hard link to the original
-        with wave.open(str(path), "wb") as file:
-            file.setparams(settings)
-            file.writeframes(bytes(count * settings.nchannels * settings.sampwidth))
-
-
-def shuffle(data: Path) -> None:
-    """The frames of each test clip in a random order."""
+def shuffle(data: Path, frames: int) -> None:
+    """The frames that the model sees of each test clip, in a random order."""
     path, draw = data / "test_multivideo.jsonl", random.Random(0)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.unlink()
+    path.unlink()  # a hard link to the original
     for row in rows:
         del row["frame_numbers"]  # they would tell, and the rows be refused
+        row["frames"] = script.choose_frames(row["frames"], frames)
         draw.shuffle(row["frames"])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -50,13 +41,19 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo/surg_video_vqa"), help="(default: %(default)s)")
     parser.add_argument("--eval-frames", type=int, default=4, help="as it was trained (default: 4)")
     args = parser.parse_args()
-    checkpoint = sorted((args.demo / "run/checkpoints").glob("step-????????"))[-1]
-    results = {}
-    for name, change in {"as it is": lambda data: None, "silence": silence, "shuffled": shuffle}.items():
+    checkpoint = max((args.demo / "run/checkpoints").glob("step-????????"), default=None)
+    if checkpoint is None:
+        raise SystemExit(f"{args.demo}/run holds no checkpoint: make demo SCRIPT=surg_video_vqa")
+    read_audio, results = script.read_audio, {}
+    for name in ("as it is", "silence", "shuffled"):
         with tempfile.TemporaryDirectory(dir=args.demo) as folder:
             data = Path(folder) / "data"
             shutil.copytree(args.demo / "data", data, copy_function=os.link)
-            change(data)
+            if name == "shuffled":
+                shuffle(data, args.eval_frames)
+            script.read_audio = read_audio
+            if name == "silence":  # no file may hold it: it would be refused
+                script.read_audio = lambda data, name: np.zeros_like(read_audio(data, name))
             flags = ["--eval-only", "--resume", checkpoint, "--eval-frames", args.eval_frames]
             flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
             script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])

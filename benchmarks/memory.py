@@ -6,9 +6,9 @@
 
 Weights are random and bf16, what is trained is float32. One question a step, all 1,500 audio positions, square frames
 of 384 pixels (196 tokens each), gradient checkpointing. Training is two steps with AdamW, so that its moments are
-there; evaluation reads the prompt and decodes. Every layer is as large as any other, so the peak grows by the same
-amount with each: where the measured points lie on a line, it is followed to 28. Each is measured in a process of its
-own.
+there; evaluation is the script's own answer() of six questions. Every layer is as large as any other, so the peak
+grows by the same amount with each: where the measured points lie on a line, it is followed to 28. Each is measured in
+a process of its own.
 """
 
 import argparse
@@ -52,26 +52,29 @@ def build(layers: int, device: torch.device) -> script.SurgVideo:
     return script.SurgVideo(vlm, torch.bfloat16)
 
 
-def packed_row(frames: int, device: torch.device) -> dict:
+def tree(frames: int) -> common.Prompt:
     """One question: 1,500 audio positions, the frames, 40 tokens around them, and 8 to be learned."""
     images = GRID**2 // 4 * frames
     prefix = [1] * 20 + [AUDIO_ID] * 1500 + [TEXT["image_token_id"]] * images
     labels = [common.IGNORE] * 20 + list(range(100, 108))
-    tree = common.Prompt(prefix, [([2] * 20 + labels[20:], labels)], ["a"])
-    tree.prefix_positions = torch.arange(len(prefix)).expand(3, -1)
-    (row,) = common.pack([tree], len(tree))
-    draw = torch.Generator().manual_seed(0)
-    row["pixel_values"] = torch.randn(GRID**2 * frames, 3 * 2 * 14 * 14, generator=draw)
-    row["image_grid_thw"] = torch.tensor([[1, GRID, GRID]] * frames)
-    row["input_features"] = torch.randn(1, WHISPER["num_mel_bins"], 3000, generator=draw)
-    row["audio_positions"] = torch.tensor([1500])
-    return script.to_device(row, device)
+    positions = torch.arange(len(prefix)).expand(3, -1)
+    return common.Prompt(prefix, [([2] * 20 + labels[20:], labels)], ["a"], None, positions)
+
+
+def media(frames: int, clips: int) -> dict:
+    return {
+        "pixel_values": torch.randn(clips * frames * GRID**2, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, GRID, GRID]] * frames * clips),
+        "input_features": torch.randn(clips, WHISPER["num_mel_bins"], 3000),
+        "audio_positions": torch.tensor([1500] * clips),
+    }
 
 
 def train(model, device) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
-    row = packed_row(8, device)
+    (row,) = common.pack([tree(8)], 4096)
+    row = script.to_device({**row, **media(8, 1)}, device)
     for _ in range(2):
         loss, learned = model(row)
         (loss / learned).backward()
@@ -82,18 +85,19 @@ def train(model, device) -> int:
     return row["input_ids"].shape[1]
 
 
-@torch.no_grad()
 def evaluate(model, device) -> int:
-    model.eval()
-    row = packed_row(6, device)
-    tokens = row["input_ids"].shape[1]
-
-    def read(input_ids, position_ids, mask, cache):
-        return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else row)
-
-    (answer,) = common.decode(read, model.lm_head, row, -1, [8])
-    assert len(answer) == 8
-    return tokens
+    """Six questions through the script's own answer(): no EOS, so each has 8 tokens."""
+    settings = SimpleNamespace(pack_tokens=4096, workers=0, decode="free", max_answer_tokens=8)
+    tokenizer = SimpleNamespace(eos_token_id=-1, decode=lambda tokens, **_: str(tokens))
+    run = script.Run(
+        settings, None, device, None, SimpleNamespace(tokenizer=tokenizer), lambda some: media(6, len(some))
+    )
+    trees = [
+        common.Prompt(t.prefix, t.branches, [str(i)], None, t.prefix_positions) for i, t in enumerate([tree(6)] * 6)
+    ]
+    found = script.answer(model, trees, {name: None for t in trees for name in t.ids}, run)
+    assert len(found) == 6 and not any(answered["ended"] for answered in found.values())
+    return len(trees[0])
 
 
 def measure(layers: int, what: str) -> dict:
@@ -121,7 +125,7 @@ def main() -> None:
         peaks = []
         for layers in depths:
             command = [sys.executable, __file__, "--one", str(layers), what]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
             peaks.append(found[-1]["peak_mb"])
             print(f"{what}, {layers} layers, {found[-1]['tokens']} tokens: {peaks[-1]:,.0f} MB (measured)", flush=True)

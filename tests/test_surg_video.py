@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Whisper
 
 import common
 import runtime
+import train_qwen2vl_sentinel
 import train_surg_video_vqa as script
 from common import IGNORE, answering_prompt, pack
 
@@ -177,26 +178,54 @@ def test_compressed_recordings_are_read(tmp_path, suffix):
 
 
 def test_recordings_that_cannot_be_heard_are_refused_by_name(tmp_path):
-    soundfile.write(tmp_path / "whole.wav", tone(16_000, 0.1, 440), 16_000)
-    whole = (tmp_path / "whole.wav").read_bytes()
+    """Cut off, damaged, of nothing, of nothing but zeros: never silence in place of a question."""
+    sound = tone(16_000, 0.5, 440)
+    for name in ("whole.wav", "whole.mp3", "whole.flac"):
+        soundfile.write(tmp_path / name, sound, 16_000)
+    wav, mp3, flac = ((tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("wav", "mp3", "flac"))
+    no_rate = wav[:24] + bytes(4) + wav[28:]
     files = {
-        "cut.wav": whole[:1000],
-        "header.wav": whole[:20],
-        "text.wav": b"no sound at all" * 10,
-        "empty.wav": b"",
-        "text.mp3": b"no sound at all" * 10,
+        "cut.wav": (wav[:1000], "cut off; copy it again"),
+        "cut.mp3": (mp3[: len(mp3) // 2], "cut off; copy it again"),
+        "cut.flac": (flac[: len(flac) // 2], ""),
+        "header.wav": (wav[:20], "the file ends within its header"),
+        "rate.wav": (no_rate, "0 samples a second"),
+        "format.wav": (wav[:16] + b"\xff\xff" + wav[18:], "no WAV file"),
+        "text.wav": (b"no sound at all" * 10, "no WAV file"),
+        "empty.wav": (b"", "the file ends within its header"),
+        "text.mp3": (b"no sound at all" * 10, ""),
     }
-    for name, content in files.items():
+    for name, (content, why) in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: .*{why}"):
             script.read_audio(tmp_path, name)
-    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    for name, samples in {
+        "none.wav": np.zeros(0),
+        "zeros.wav": np.zeros(1000),
+        "cancel.wav": np.stack([sound, -sound], axis=1),
+    }.items():
+        soundfile.write(tmp_path / name, samples, 16_000, subtype="FLOAT")
+        with pytest.raises(ValueError, match=f"{name} cannot be read: it is silent .* record it again"):
+            script.read_audio(tmp_path, name)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
-    for name in ("none.wav", "nan.wav"):
-        with pytest.raises(ValueError, match=f"{name} holds .* record it again"):
-            script.read_audio(tmp_path, name)
+    with pytest.raises(ValueError, match=r"nan.wav cannot be read: not all of its samples are numbers"):
+        script.read_audio(tmp_path, "nan.wav")
     with pytest.raises(ValueError, match=r"missing.wav is missing"):
         script.read_audio(tmp_path, "missing.wav")
+
+
+def test_unusual_wav_headers_are_read(tmp_path):
+    """Written to a pipe, which has no length to write; WAVE_FORMAT_EXTENSIBLE; with chunks that are no sound."""
+    sound = tone(16_000, 0.2, 440)
+    soundfile.write(tmp_path / "whole.wav", sound, 16_000)
+    expected, whole = script.read_audio(tmp_path, "whole.wav"), (tmp_path / "whole.wav").read_bytes()
+    at = whole.index(b"data") + 4
+    endless = whole[:4] + b"\xff" * 4 + whole[8:at] + b"\xff" * 4 + whole[at + 4 :]
+    (tmp_path / "pipe.wav").write_bytes(endless)
+    (tmp_path / "more.wav").write_bytes(whole + b"LIST\x04\x00\x00\x00abcd")
+    soundfile.write(tmp_path / "extended.wav", sound, 16_000, format="WAVEX")
+    for name in ("pipe.wav", "more.wav", "extended.wav"):
+        np.testing.assert_array_equal(script.read_audio(tmp_path, name), expected)
 
 
 def test_a_recording_is_a_token_every_20_ms_or_the_whole_window(data):
@@ -265,7 +294,7 @@ def test_recordings_or_frames_in_another_order_are_caught(data):
     assert difference(packed(model, data, trees, input_features=swapped), right) > 1e-3
     frames = media["pixel_values"].unflatten(0, (16, -1)).flip(0).flatten(0, 1)
     assert difference(packed(model, data, trees, pixel_values=frames), right) > 1e-3
-    with pytest.raises(ValueError, match="image tokens do not match"):
+    with pytest.raises(ValueError, match="Audio features and audio tokens do not match"):
         packed(model, data, trees, audio_positions=media["audio_positions"] - 1)
 
 
@@ -284,6 +313,27 @@ def test_answers_are_those_of_a_greedy_walk_through_whole_rows(data):
             said.append(int(model.vlm(**embedded(model, data, tree, ids + said)).logits[0, -1].argmax()))
         text = data.text.tokenizer.decode(said, skip_special_tokens=True).strip()
         assert found[tree.ids[0]] == {"prediction": text, "ended": said[-1] == eos}
+
+
+@pytest.mark.parametrize("mode", ["trie", "score"])
+def test_restricted_answers_are_always_one_of_the_allowed(copy, tmp_path, mode):
+    for row in range(6):
+        edit(copy, "test", row, answer_candidates=["yes", "no", "The scope is primarily advancing."])
+    run(copy, tmp_path / "out", *SMALL, "--decode", mode, "--max-steps", 1)
+    answers = [record["prediction"] for record in read_lines(tmp_path / "out/predictions.jsonl")]
+    assert len(answers) == 12 and set(answers[:6]) <= {"yes", "no", "The scope is primarily advancing."}
+    assert not set(answers[6:]) & {"yes", "no"}  # a random model, left free
+
+
+def test_few_clips_are_held_in_memory_at_a_time(data):
+    """What is read ahead of the model is about two packed rows, however small the part of it that is pixels."""
+    held = []
+    read = lambda prompts: held.append(len(prompts)) or data.read_media(prompts)  # noqa: E731
+    args = SimpleNamespace(**{**vars(data.args), "pack_tokens": 600})
+    state = script.Run(args, None, torch.device("cpu"), runtime.StopSignal(), data.text, read)
+    rows = list(script.packed_rows(data.trees, state))
+    assert sum(held) == len(data.trees) == sum(len(row["prompts"]) for row in rows)
+    assert max(held) <= 600 // min(map(len, data.trees))
 
 
 def test_logits_are_made_for_one_position_a_question(data, monkeypatch):
@@ -368,7 +418,7 @@ def test_a_merged_folder_is_bf16_loads_again_without_whisper_and_answers_alike(v
     assert "already has an audio encoder; leave the flag out" in text
 
 
-def test_a_folder_trained_whole_holds_the_graft(video_folder, tmp_path):
+def test_a_folder_trained_whole_holds_the_graft(video_folder, tmp_path, capsys):
     run(video_folder, tmp_path / "run", *SMALL, "--max-steps", 2, "--tune", "full", "--lr", 1e-3)
     whole, first = (
         load_file(tmp_path / "run/model/model.safetensors"),
@@ -381,6 +431,11 @@ def test_a_folder_trained_whole_holds_the_graft(video_folder, tmp_path):
     run_script(tmp_path, tmp_path / "more", *SMALL, "--max-steps", 1, "--lr", 0, "--tune", "full", script=script)
     answers = [read_lines(tmp_path / name / "predictions.jsonl") for name in ("run", "more")]
     assert answers[0] == answers[1]
+    capsys.readouterr()
+    run_script(tmp_path, tmp_path / "more", "--check", "--question", "both", "--frames", 4, script=script)
+    text = capsys.readouterr().out
+    assert "was trained with question audio; now it is both" in text
+    assert "was trained with frames 8; now it is 4" in text and "audio_tokens auto; now" not in text
 
 
 def test_weights_are_found_by_older_and_newer_names(video_folder, tmp_path):
@@ -431,6 +486,16 @@ def test_another_encoder_than_the_checkpoint_s_is_refused_and_a_moved_one_is_not
         script.main(argv)
 
 
+def test_what_a_checkpoint_needs_is_said(video_folder, qwen_folder, trained, tmp_path):
+    last = trained / "checkpoints/step-00000004"
+    flags = [*SMALL, "--eval-only", "--resume"]
+    text = script_refused(video_folder, tmp_path, *flags, last, script=script)
+    assert "hears: give the encoder that it was trained with by --audio-model" in text
+    run_script(qwen_folder, tmp_path / "images", *SMALL, "--max-steps", 1, script=train_qwen2vl_sentinel)
+    text = refused(video_folder, tmp_path, *flags, tmp_path / "images/checkpoints/step-00000001")
+    assert "is of another script, or of an older version: it does not say its question" in text
+
+
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -460,7 +525,7 @@ def test_what_cannot_be_heard_is_refused_before_weights_are_read(copy, tmp_path)
 
 
 def test_pad_equal_to_eos_is_separated_in_training_and_evaluation(copy, tmp_path, capsys):
-    """What verify_tokenizer.sh was for: found and done are printed, the answer ends with EOS, PAD is never EOS."""
+    """What verify_tokenizer.sh was for: found and done are printed, what is learned ends with EOS, which PAD is not."""
     change(copy / "model/tokenizer_config.json", pad_token="<|im_end|>")
     for flags in (["--check"], [*SMALL, "--max-steps", 1], [*SMALL, "--eval-only"]):
         run(copy, tmp_path / "out", *flags)
@@ -469,6 +534,10 @@ def test_pad_equal_to_eos_is_separated_in_training_and_evaluation(copy, tmp_path
         assert "PAD '<|im_end|>' (" in line and "PAD is now '<|pad|>' (" in line
     check = json.loads((tmp_path / "out/check.json").read_text())
     assert "PAD is now '<|pad|>'" in check["pad"]
+    data = load_demo(copy, script, "--audio-model", copy / "whisper")
+    tokenizer = data.text.tokenizer
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert all(labels[-1] == tokenizer.eos_token_id for tree in data.trees for _, labels in tree.branches)
 
 
 # --- rows and their faults -------------------------------------------------------------------------------------
@@ -502,7 +571,15 @@ def test_every_fault_is_named_with_file_row_and_remedy(copy, tmp_path, capsys):
     (data / frame).write_bytes((data / frame).read_bytes()[:500])
     expected.append(f"{frame} cannot be read: ")
     edit(copy, "eval", 0, frames=["nothing_1", "nothing_2"], frame_numbers=None)
-    expected.append("nothing_1 is missing")
+    video = read_lines(data / "eval_multivideo.jsonl")[0]["video_id"]
+    expected.append(f"frames/{video}/nothing_1.jpg is missing")
+    third = edit(copy, "eval", 2, video_id=None)["id"]
+    expected.append(f"eval_multivideo.jsonl:3 (id {third}): no id or no video_id")
+    edit(copy, "eval", 3, frame_numbers=[1, None, 3, 4, 5, 6, 7, 8])
+    expected.append("frame_numbers must be a whole number for each of the 8 frames")
+    edit(copy, "eval", 4, audio="question.m4a")
+    expected.append("audio must be a file ending in .wav, .flac, .mp3, .ogg: 'question.m4a'")
+    edit(copy, "eval", 5, audio="a.wav", id="x" * 300)
     edit(copy, "eval", 1, frame_number=3, frame_numbers=None)
     expected.append("unknown field 'frame_number'; did you mean 'frame_numbers'?")
     refused(copy, tmp_path / "out", "--check")
@@ -522,8 +599,24 @@ def test_one_recording_of_two_questions_is_refused(copy, tmp_path, capsys):
     edit(copy, "train", rows.index(other), id=first["id"])
     refused(copy, tmp_path / "out", "--check")
     text = capsys.readouterr().out
-    assert text.count(f"audio/train/{first['id']}.wav is also the recording of another question") == 2
+    fault = f"audio/train/{first['id']}.wav is also the recording of another question"
+    assert text.count(fault) == 2
+    refused(copy, tmp_path / "out", "--check", "--limit", rows.index(first) + 1)  # the other is not even looked at
+    assert fault in capsys.readouterr().out
     script.main(["--model", str(copy / "model"), "--data", str(copy / "data"), "--out", str(tmp_path / "o"), "--check"])
+
+
+def test_two_layouts_in_one_folder_are_refused(copy, tmp_path):
+    (copy / "data/train.jsonl").write_text("{}")
+    assert "train.jsonl beside SurgViVQA's own files; keep one of the two" in refused(copy, tmp_path / "out", "--check")
+
+
+def test_a_row_must_name_its_video(tmp_path, data):
+    """Or a single file would be divided, and the intervals drawn, as if each clip were a patient of its own."""
+    row = {"frames": ["a.jpg"], "audio": "a.wav", "question": "Is it on?", "answer": "yes"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "video_id": 7}) + "\n")
+    (good,), (problem,) = script.read_data(tmp_path, data.args)
+    assert "no video_id and no group" in str(problem) and good.group == "7"
 
 
 def test_the_same_recording_may_be_in_two_splits_but_not_the_same_frames(copy, tmp_path, capsys):
