@@ -147,7 +147,7 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder, canonical or SurgViVQA's, and those that cannot be used."""
     published = {split: data / f"{name}_multivideo.jsonl" for split, name in PUBLISHED.items()}
     files = {split: path for split, path in published.items() if path.is_file()}
-    other = [path.name for path in data.glob("*.json*") if path not in files.values()]
+    other = [f"{split}.jsonl" for split in PUBLISHED if (data / f"{split}.jsonl").is_file()]
     if files and other:
         raise SystemExit(f"--data {data}: {', '.join(other)} beside SurgViVQA's own files; keep one of the two")
     files = files or runtime.data_files(data)
@@ -670,18 +670,20 @@ def trains(module: nn.Module) -> bool:
 
 def model_config(folder: Path, args):
     """The configuration, with that of --audio-model's encoder as audio_config."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen2_vl":
-        raise SystemExit(f"--model {folder}: model_type {config.model_type!r}, not qwen2_vl")
+    config = read_config("--model", folder, "qwen2_vl")
     config.audio_config = getattr(config, "audio_config", None)  # a dictionary, where a graft was saved
     if args.audio_model and config.audio_config:
         raise SystemExit(f"--audio-model {args.audio_model}: {folder} already has an audio encoder; leave the flag out")
     if args.audio_model:
-        whisper = AutoConfig.from_pretrained(args.audio_model)
-        if whisper.model_type != "whisper":
-            raise SystemExit(f"--audio-model {args.audio_model}: model_type {whisper.model_type!r}, not whisper")
-        config.audio_config = whisper.to_dict()
+        config.audio_config = read_config("--audio-model", Path(args.audio_model), "whisper").to_dict()
     return config
+
+
+def read_config(flag: str, folder: Path, kind: str):
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != kind:
+        raise SystemExit(f"{flag} {folder}: model_type {found!r}, not {kind}")
+    return AutoConfig.from_pretrained(folder)
 
 
 def choose_question(config, args) -> None:
