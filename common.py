@@ -807,7 +807,7 @@ def question_fields(entry: dict) -> dict:
     question, answer = entry.get("question"), entry.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty")
-    if answer is None or _says_nothing(answer):
+    if answer is None or says_nothing(answer):
         raise ValueError(f"the answer is empty ({answer!r}); leave the row out (--skip-bad)")
     kind, candidates = entry.get("question_type"), entry.get("answer_candidates")
     if kind is None:
@@ -829,17 +829,20 @@ def question_fields(entry: dict) -> dict:
     }
 
 
-def _says_nothing(answer) -> bool:
+def says_nothing(answer) -> bool:
     """Is it "nan", or without letters and digits? Such an answer can be neither learned nor scored."""
     members = _members(answer)
     return members == {"nan"} or not re.search(r"\w", "".join(members))
 
 
 def answerable(row: dict) -> bool:
-    """Can an answer that is restricted to the row's candidates be right? Of a row with `question_fields`."""
-    candidates, answer = row["candidates"], row["answer"]
-    right = (score_answer(candidate, answer, row["question_type"])["exact"] for candidate in candidates or [])
-    return not candidates or answer in candidates or any(right)
+    """Can an answer that is restricted to the row's candidates be right? Of a row with `question_fields`.
+
+    `also_right`, if it has that, are other forms of its answer.
+    """
+    candidates, right = row["candidates"] or [], [row["answer"], *row.get("also_right", [])]
+    found = (score_answer(candidate, form, row["question_type"])["exact"] for candidate in candidates for form in right)
+    return not candidates or row["answer"] in candidates or any(found)
 
 
 NUMBER_WORDS = [
@@ -949,7 +952,7 @@ def score_answer(prediction, answer, type: str) -> dict[str, bool]:
     Raises ValueError for an answer that is None, "nan" or without letters and digits: never score such a row.
     """
     true, predicted = _members(answer), _members(prediction)
-    if _says_nothing(answer):
+    if says_nothing(answer):
         raise ValueError(f"the true answer is empty ({answer!r}): correct this row or leave it out by name")
     exact = tolerant = predicted == true
     if type == "mcq" and predicted and not exact:
@@ -978,7 +981,7 @@ def summarise(records: list[dict], majority: dict[str, str], resamples: int = 10
     Every record counts, answered or not. Each entry has n, exact, tolerant, majority (the blind floor: always the
     training majority of the type) and interval, 95 % of bootstrap resamples of whole groups, because the questions
     of one image or patient are not independent; None for a single group, which tells nothing about another. A record
-    has question_type, answer, group, correct, tolerant.
+    has question_type, answer, group, correct, tolerant, and where the answer has other forms also_right.
     """
     if not records:
         raise ValueError("no rows to summarise")
@@ -997,8 +1000,8 @@ def _accuracy(records, majority, resamples) -> dict:
     for r in records:
         groups[r["group"]][0] += r["correct"]
         groups[r["group"]][1] += 1
-        blind = score_answer(majority.get(r["question_type"]), r["answer"], r["question_type"])
-        floor += blind["exact"]
+        blind, right = majority.get(r["question_type"]), [r["answer"], *r.get("also_right", [])]
+        floor += any(score_answer(blind, form, r["question_type"])["exact"] for form in right)
     counts = np.array(list(groups.values()))  # (groups, 2)
     drawn = np.random.default_rng(0).integers(len(counts), size=(resamples, len(counts)))
     right, n = counts[drawn].sum(axis=1).T  # each (resamples,)

@@ -637,7 +637,7 @@ def model_problems(folder: Path, weights: bool = True) -> list[str]:
             problems.append(f"{path}: truncated or not JSON ({error}); download it again")
     if problems:
         return problems
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
         text = "the weights are quantised: merged with an adapter they would be rounded again; use the original ones"
         problems.append(f"{folder / 'config.json'}: {text}")
     if not weights:
@@ -883,9 +883,9 @@ def overlaps(rows, digests: dict[str, str]) -> dict[str, dict]:
         if split != "train" and part:
             shared = files & earlier
             touched, contained = sum(bool(p & shared) for p in part), sum(p <= shared for p in part)
-            found[split] = {"files": len(files), "shared": len(shared), "questions": len(part)}
+            found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}
             found[split] |= {"questions_touched": touched, "questions_contained": contained}
-            text = f"{split}: {len(shared)} of {len(files)} files are in earlier splits too"
+            text = f"{split}: {len(shared)} of {len(files)} files shown are in earlier splits too"
             print(f"{text}, in {touched} of {len(part)} questions, {contained} of which show nothing else")
         earlier |= files
     return found
@@ -1065,10 +1065,14 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dic
         optimizer.state[parameter][entry] = value
 
 
-def model_fingerprint(folder: Path) -> str:
-    """Whether two folders hold the same model: small files whole, of weights the size and both ends."""
+def model_fingerprint(folder: Path, files: list[Path] | None = None) -> str:
+    """Whether two folders hold the same model: small files whole, of weights the size and both ends.
+
+    With `files` only these count: of an encoder, its configuration and weights.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")):
+    whole = [p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")]
+    for path in sorted(whole if files is None else files):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
             file.seek(max(0, path.stat().st_size - 2**20))
@@ -1238,7 +1242,7 @@ class Metrics:
             left = (self.printed - self.begun) / (step - self.first) * (self.total - step)
             self.say(
                 f"step {step:05d}/{self.total} | loss {values['loss']:.4f} | grad {values['grad_norm']:.2f} | "
-                f"lr {values['lr']:.2e} | {values['media']} media, {values['questions']} questions | "
+                f"lr {values['lr']:.2e} | {values['trees']} trees, {values['questions']} questions | "
                 f"{values['questions_per_s']:.1f} questions/s | {left / 60:.1f} min left"
             )
 

@@ -590,7 +590,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
                 loss=loss,
                 grad_norm=grad_norm,
                 lr=optimizer.param_groups[0]["lr"],
-                media=len(trees),
+                trees=len(trees),
                 questions=len(ids),
                 tokens=tokens,
                 tokens_per_s=tokens / seconds,
@@ -813,9 +813,14 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         answered = found.get(row.id, {"prediction": None})
         scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
-        known |= {"question": row.question, "answer": row.answer, **answered}
+        known |= {"question": row.question, "answer": row.answer, **other_forms(row), **answered}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
-    majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
+    forms = [
+        (row.question_type, form)
+        for row in train_rows
+        for form in (row.answer, *other_forms(row).get("also_right", []))
+    ]
+    majority = common.majority_answers(forms)
     results = common.summarise(records, majority)
     cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
     results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
@@ -828,6 +833,11 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         f"{run.folder / 'predictions.jsonl'}"
     )
     return results
+
+
+def other_forms(row: Row) -> dict[str, list[str]]:
+    """{"also_right": other forms of the answer} in a script that has them."""
+    return {name: value for name, value in vars(row).items() if name == "also_right"}
 
 
 def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:

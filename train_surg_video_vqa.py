@@ -138,7 +138,7 @@ class Row:
 
 
 PUBLISHED = {"train": "train", "val": "eval", "test": "test"}  # split -> SurgViVQA's name for it
-FRAME_FILES, AUDIO_FILES = (".jpg", ".jpeg", ".png"), (".wav", ".flac", ".mp3", ".ogg")
+FRAME_FILES, AUDIO_FILES = (".jpg", ".jpeg", ".png"), (".wav", ".flac", ".mp3")
 FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "answer_candidates"}
 FIELDS |= {"group", "video_id", "frame_numbers", "total_frames"}
 
@@ -183,7 +183,8 @@ def make_row(data: Path, where: str, entry: dict, split: str | None, args) -> Ro
         raise ValueError("no video_id and no group: the clips of one video must not be in two splits, so name it")
     # the tokenizer composes accents (NFC): what is learned must equal what is asked for
     composed = {k: unicodedata.normalize("NFC", v) if isinstance(v, str) else v for k, v in entry.items()}
-    forms = [str(composed[key]).strip() for key in ("answer", "short_answer") if composed.get(key) not in (None, "")]
+    forms = [composed.get(key) for key in ("answer", "short_answer")]
+    forms = [str(form).strip() for form in forms if form is not None and not common.says_nothing(form)]
     if args.target not in composed and forms:
         raise ValueError(f"no {args.target}; give one, or choose the other --target")
     fields = common.question_fields({**composed, "answer": composed.get(args.target)})
@@ -324,9 +325,10 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
         raise ValueError("the file ends within its header; copy it again") from None
     except Exception as error:  # a damaged header makes it raise anything
         if str(error).startswith("unknown"):  # float, compressed
+            refuse_cut_off(path)
             return read_sound(path)
         raise ValueError(f"no WAV file ({error})") from None
-    if size > 2**31 - 2**16:  # written to a pipe, which had no length to write yet
+    if size > PIPED:
         return read_sound(path)
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes instead of {size}: cut off; copy it again")
@@ -338,8 +340,22 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
     return (wide.view("<i4")[:, 0] / 2.0**31).astype(np.float32).reshape(-1, channels), rate
 
 
+PIPED = 2**31 - 2**16  # bytes; more are claimed by a WAV written to a pipe, which had no length to write yet
+
+
+def refuse_cut_off(path: Path) -> None:
+    """Raise ValueError where a WAV's sound is shorter than its header says, which soundfile does not mind."""
+    with path.open("rb") as file:
+        file.seek(12)  # RIFF, size, WAVE; then chunks: name, size, content
+        while len(header := file.read(8)) == 8:
+            size, left = int.from_bytes(header[4:], "little"), path.stat().st_size - file.tell()
+            if header[:4] == b"data" and left < size < PIPED:
+                raise ValueError(f"{left} bytes of sound instead of {size}: cut off; copy it again")
+            file.seek(size + size % 2, 1)
+
+
 def read_sound(path: Path) -> tuple[np.ndarray, int]:
-    """((samples, channels) float32, rate) of whatever soundfile reads: MP3, FLAC, Ogg."""
+    """((samples, channels) float32, rate) of whatever soundfile reads, such as MP3 and FLAC."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: it is there, the library that it wraps is not
@@ -943,7 +959,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
                 loss=loss,
                 grad_norm=grad_norm,
                 lr=optimizer.param_groups[0]["lr"],
-                media=len(trees),
+                trees=len(trees),
                 questions=len(ids),
                 tokens=tokens,
                 tokens_per_s=tokens / seconds,
@@ -1166,9 +1182,14 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         answered = found.get(row.id, {"prediction": None})
         scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
-        known |= {"question": row.question, "answer": row.answer, **answered}
+        known |= {"question": row.question, "answer": row.answer, **other_forms(row), **answered}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
-    majority = common.majority_answers([(row.question_type, row.answer) for row in train_rows])
+    forms = [
+        (row.question_type, form)
+        for row in train_rows
+        for form in (row.answer, *other_forms(row).get("also_right", []))
+    ]
+    majority = common.majority_answers(forms)
     results = common.summarise(records, majority)
     cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
     results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
@@ -1181,6 +1202,11 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         f"{run.folder / 'predictions.jsonl'}"
     )
     return results
+
+
+def other_forms(row: Row) -> dict[str, list[str]]:
+    """{"also_right": other forms of the answer} in a script that has them."""
+    return {name: value for name, value in vars(row).items() if name == "also_right"}
 
 
 def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:
@@ -1265,6 +1291,10 @@ def audio_folder(args, weights: bool) -> str | None:
     return str(runtime.model_folder(args.audio_model, weights, flag="--audio-model")) if args.audio_model else None
 
 
+def encoder_fingerprint(folder: Path) -> str:
+    return runtime.model_fingerprint(folder, [folder / "config.json", *runtime.weight_files(folder)])[:12]
+
+
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
@@ -1292,7 +1322,7 @@ def main(argv=None) -> None:
         # ---- the data is proved before any weights are read ----
         folder = Path(runtime.on_first_rank(lambda: str(runtime.model_folder(args.model, weights=not args.check))))
         args.audio_model = runtime.on_first_rank(lambda: audio_folder(args, weights=not args.check))
-        weights = runtime.model_fingerprint(Path(args.audio_model))[:12] if args.audio_model else None
+        weights = encoder_fingerprint(Path(args.audio_model)) if args.audio_model else None
         if args.audio_weights and weights is None:
             raise SystemExit(f"{checkpoint} hears: give the encoder that it was trained with by --audio-model")
         if args.audio_weights not in (None, weights):

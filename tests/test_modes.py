@@ -73,7 +73,7 @@ def test_config_records_settings_command_and_versions(trained):
 
 
 def test_every_step_has_every_documented_metric(demo_folder, trained):
-    documented = {"step", "epoch", "loss", "grad_norm", "lr", "media", "questions", "tokens"}
+    documented = {"step", "epoch", "loss", "grad_norm", "lr", "trees", "questions", "tokens"}
     documented |= {"tokens_per_s", "questions_per_s", "peak_memory_mb", "ids"}
     *steps, last = read_lines(trained / "metrics.jsonl")
     assert [line.keys() for line in steps] == [documented] * 2
@@ -81,8 +81,8 @@ def test_every_step_has_every_documented_metric(demo_folder, trained):
     rows = {row["id"]: row for row in read_lines(demo_folder / "data" / "train.jsonl")}
     for line in steps:
         assert line["questions"] == len(line["ids"]) == len(set(line["ids"]))
-        assert line["media"] == len({rows[i]["image"] for i in line["ids"]})
-        assert line["tokens"] > 64 * line["media"]
+        assert line["trees"] == len({rows[i]["image"] for i in line["ids"]})
+        assert line["tokens"] > 64 * line["trees"]
 
 
 def test_predictions_has_a_line_a_question_and_results_count_them(demo_folder, trained):
@@ -262,7 +262,7 @@ def test_sharing_the_prefix_changes_no_loss_and_no_answer(demo_folder, tmp_path)
     assert validation_loss(single) == pytest.approx(validation_loss(shared), rel=1e-5)
     assert predictions(single) == predictions(shared)
     first = [read_lines(out / "metrics.jsonl")[0] for out in (shared, single)]
-    assert first[0]["media"] < first[0]["questions"] and first[1]["media"] == first[1]["questions"] == 12
+    assert first[0]["trees"] < first[0]["questions"] and first[1]["trees"] == first[1]["questions"] == 12
     assert first[1]["tokens"] > 4 * first[0]["tokens"]
 
 
