@@ -1182,13 +1182,10 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         answered = found.get(row.id, {"prediction": None})
         scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
-        known |= {"question": row.question, "answer": row.answer, **other_forms(row), **answered}
+        known |= {"question": row.question, "answer": row.answer, **answered}
+        known |= {"also_right": other_forms(row)} if other_forms(row) else {}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
-    forms = [
-        (row.question_type, form)
-        for row in train_rows
-        for form in (row.answer, *other_forms(row).get("also_right", []))
-    ]
+    forms = [(row.question_type, form) for row in train_rows for form in (row.answer, *other_forms(row))]
     majority = common.majority_answers(forms)
     results = common.summarise(records, majority)
     cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
@@ -1204,9 +1201,9 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     return results
 
 
-def other_forms(row: Row) -> dict[str, list[str]]:
-    """{"also_right": other forms of the answer} in a script that has them."""
-    return {name: value for name, value in vars(row).items() if name == "also_right"}
+def other_forms(row: Row) -> list[str]:
+    """Of the answer, which are right, too, in a script whose rows have them."""
+    return getattr(row, "also_right", [])
 
 
 def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: Run) -> None:
