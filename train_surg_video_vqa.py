@@ -757,6 +757,11 @@ def load_model(folder: Path, args, text: Text, dtype) -> SurgVideo:
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
         raise SystemExit(f"--model {folder}: {len(names)} weights are missing, such as {names[0]}; download it again")
+    ours = ("audio_tower.", "audio_projector.") if config.audio_config else ()
+    foreign = sorted(name for name in found["unexpected_keys"] if not name.startswith(ours))
+    if foreign:  # another's graft would be lost without a word
+        text = "a grafted encoder must be audio_tower.*, with audio_projector.weight and audio_config in config.json"
+        raise SystemExit(f"--model {folder}: {len(foreign)} weights without a place, such as {foreign[0]}; {text}")
     window = vlm.config.text_config.sliding_window  # None where the configuration does not use it
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")

@@ -484,6 +484,15 @@ def test_weights_that_are_missing_are_never_drawn_at_random(video_folder, tmp_pa
         assert text in refused(folder, tmp_path / "out", *SMALL, "--max-steps", 1)
 
 
+def test_a_graft_under_other_names_is_not_dropped_silently(video_folder, tmp_path):
+    shutil.copytree(video_folder / "model", tmp_path / "model")
+    (tmp_path / "data").symlink_to(video_folder / "data")
+    path = tmp_path / "model/model.safetensors"
+    save_file({**load_file(path), "audio_encoder.conv1.weight": torch.zeros(2)}, path, {"format": "pt"})
+    text = script_refused(tmp_path, tmp_path / "out", *SMALL, "--max-steps", 1, script=script)
+    assert "1 weights without a place, such as audio_encoder.conv1.weight; a grafted encoder must be" in text
+
+
 def test_another_encoder_than_the_checkpoint_s_is_refused_and_a_moved_one_is_not(video_folder, trained, tmp_path):
     shutil.copytree(video_folder / "whisper", tmp_path / "moved")
     (tmp_path / "moved/normalizer.json").write_text("{}")  # what the hub has besides
