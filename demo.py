@@ -385,17 +385,16 @@ SIZE_LIMITS = [13, 20, 30]  # radii in pixels that lie between the size classes
 OUTSIDE, INSIDE = 100, 20  # where an instrument's tip begins and ends, in pixels from the centre
 
 # question type -> (question, what it depends on, {value: (answer, short answer)})
-YES, NO = "yes", "no"
 CLIP_QUESTIONS = {
     "lighting_mode": (
         "What lighting modality illuminates this sequence?",
-        "light",
+        "light_mode",
         {"NBI": ("NBI light is on in this sequence.", "NBI"), "WL": ("White light is on in this sequence.", "WL")},
     ),
     "nbi_status": (
         "Is narrow band imaging switched on?",
-        "light",
-        {"NBI": ("Yes, NBI light is on in these frames.", YES), "WL": ("No, WL light is on instead.", NO)},
+        "light_mode",
+        {"NBI": ("Yes, NBI light is on in these frames.", "yes"), "WL": ("No, WL light is on instead.", "no")},
     ),
     "scope_motion_type": (
         "What is the primary motion of the scope?",
@@ -408,7 +407,7 @@ CLIP_QUESTIONS = {
     "scope_forward_motion": (
         "When motion occurs, is the scope pushing forward?",
         "scope",
-        {"advancing": ("Yes, the scope is advancing.", YES), "withdrawing": ("No, the scope is withdrawing.", NO)},
+        {"advancing": ("Yes, the scope is advancing.", "yes"), "withdrawing": ("No, the scope is withdrawing.", "no")},
     ),
     "tool_motion": (
         "Does the instrument enter or leave?",
@@ -425,7 +424,6 @@ CLIP_QUESTIONS = {
         {place: (f"The lesion appears in the {place} quadrant.", place) for place in PLACES},
     ),
 }
-MOTION_QUESTIONS = ("scope_motion_type", "scope_forward_motion", "tool_motion")  # no single frame tells
 
 
 def random_clip(rng, patient):
@@ -948,7 +946,7 @@ def write_surg_video_vqa_model(folder, seed):
 
 def clip_row(clip, kind, video, numbers, index):
     question, depends_on, values = CLIP_QUESTIONS[kind]
-    answer, short = values[clip["light_mode" if depends_on == "light" else depends_on]]
+    answer, short = values[clip[depends_on]]
     return {
         "id": f"qa_{index:06d}",
         "video_id": video,

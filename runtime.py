@@ -678,8 +678,20 @@ def _safetensors_fault(path: Path) -> str | None:
     return None if size == expected else f"{size} bytes instead of {expected}: truncated; download it again"
 
 
-def image_processor(folder: Path):
-    """The checkpoint's image processor, always through Pillow: the same pixels whether torchvision is there or not."""
+def tokenizer(folder: Path):
+    """The checkpoint's tokenizer, with its chat template wherever that stands."""
+    found = transformers.AutoTokenizer.from_pretrained(folder)
+    older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
+    if older.is_file() and not (folder / "chat_template.jinja").is_file():
+        found.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    return found
+
+
+def image_processor(folder: Path, **expected):
+    """The checkpoint's image processor, always through Pillow: the same pixels whether torchvision is there or not.
+
+    `expected` are its attributes that must be the vision tower's own.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             config = json.loads((folder / name).read_text())
@@ -689,7 +701,14 @@ def image_processor(folder: Path):
                 found = getattr(transformers, f"{kind}Pil", None)
                 if found is None:
                     raise SystemExit(f"--model {folder}: transformers has no {kind}Pil ({name}: image_processor_type)")
-                return found.from_pretrained(folder)
+                processor = found.from_pretrained(folder)
+                for key, value in expected.items():
+                    if getattr(processor, key) != value:
+                        text = f"{key} {getattr(processor, key)}, the vision tower has {value} (config.json)"
+                        raise SystemExit(
+                            f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own"
+                        )
+                return processor
     raise SystemExit(f"--model {folder}: no preprocessor_config.json that names an image_processor_type")
 
 

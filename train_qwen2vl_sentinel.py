@@ -42,7 +42,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import common
@@ -249,10 +249,7 @@ class Text:
 def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     """Tokenizer, image processor and position function, and the faults of the checkpoint's own files."""
     vlm = meta_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
-    if older.is_file() and not (folder / "chat_template.jinja").is_file():
-        tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    tokenizer = runtime.tokenizer(folder)
     problems, image_id = [], None
     try:
         image_id = find_image_token(tokenizer, vlm.config)
@@ -264,12 +261,8 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
         raise SystemExit(f"--model {folder}: {error}") from None
     print(pad_line)
 
-    processor = runtime.image_processor(folder)
     vision = vlm.config.vision_config
-    for name, value in {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}.items():
-        if getattr(processor, name) != value:
-            text = f"{name} {getattr(processor, name)}, the vision tower has {value} (config.json)"
-            raise SystemExit(f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own")
+    processor = runtime.image_processor(folder, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
     args.min_pixels = args.min_pixels or processor.size["shortest_edge"]
     args.max_pixels = args.max_pixels or processor.size["longest_edge"]
     token = (processor.patch_size * processor.merge_size) ** 2

@@ -10,7 +10,7 @@ The model reads, in its own chat template:
 
     system      Answer the question about the surgical clip with the answer alone.
     user        [recording: a token every 20 ms] [frame] [frame] … Answer the spoken question.
-    assistant   no                       learned: "no" and the end of the turn
+    assistant   No, the scope is withdrawing.     learned: this and the end of the turn (--target short_answer: "no")
 
     make demo SCRIPT=surg_video_vqa                                         # on a CPU, from nothing; or by hand:
     python demo.py surg_video_vqa && python train_surg_video_vqa.py --model runs/demo/surg_video_vqa/model \\
@@ -51,7 +51,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     Qwen2VLForConditionalGeneration,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -72,7 +71,7 @@ SYSTEM = "Answer the question about the surgical clip with the answer alone."
 SPOKEN = "Answer the spoken question."  # what is written where the question is heard alone
 AUDIO_TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")  # Qwen2-Audio's; the middle one stands for 20 ms
 RATE = 16_000  # samples a second, as every Whisper was trained with
-SAMPLES = 320  # of one audio position: a spectrum every 160 samples, of which the second convolution keeps each other
+SAMPLES = 320  # of one audio position: a spectrum every 160 samples, of which the second convolution keeps every other
 # every projection of the language model
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # what a checkpoint of this script is bound to: its flags, and a fingerprint of the encoder
@@ -447,10 +446,7 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     """Tokenizer, image processor and position function, and the faults of the checkpoint's own files."""
     config = model_config(folder, args)
     choose_question(config, args)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
-    if older.is_file() and not (folder / "chat_template.jinja").is_file():
-        tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    tokenizer = runtime.tokenizer(folder)
     problems, image_id, audio_id, extractor = [], None, None, None
     try:
         image_id = find_image_token(tokenizer, config)
@@ -466,12 +462,8 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
         raise SystemExit(f"--model {folder}: {error}") from None
     print(pad_line)
 
-    processor = runtime.image_processor(folder)
     vision = config.vision_config
-    for name, value in {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}.items():
-        if getattr(processor, name) != value:
-            text = f"{name} {getattr(processor, name)}, the vision tower has {value} (config.json)"
-            raise SystemExit(f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own")
+    processor = runtime.image_processor(folder, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
     print(f"the question is given as {args.question}; the answer learned is {args.target}")
     if args.frames != args.eval_frames:
         print(f"frames differ: a training clip has up to {args.frames}, one of val and test up to {args.eval_frames}")

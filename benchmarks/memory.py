@@ -1,7 +1,7 @@
 """Peak memory of train_surg_video_vqa.py at the published size: Qwen2-VL-7B, Whisper large-v3, LoRA r = 64.
 
-    python benchmarks/memory.py               # a GPU: all 28 layers are measured, in about a minute
-                                              # no GPU: 2 to 8 layers are measured, 28 derived; a quarter of an hour
+    python benchmarks/memory.py               # a GPU: all 28 layers are measured (this has not been run yet)
+                                              # no GPU: 2 to 8 layers are measured, 28 derived; some twenty minutes
     python benchmarks/memory.py --layers 4    # one depth alone
 
 Weights are random and bf16, what is trained is float32. One question a step, all 1,500 audio positions, square frames
@@ -35,7 +35,7 @@ VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patc
 WHISPER = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
 WHISPER |= {"num_mel_bins": 128, "vocab_size": 51866}
 AUDIO_ID = 151658
-GRID = 384 // 14 // 2 * 2 + 2  # 384 pixels are rounded to 392: 28 x 28 patches, 14 x 14 tokens
+GRID = 28  # patches along a side: 384 pixels are rounded to 392 = 28 * 14; they are merged to 14 x 14 tokens
 
 
 def build(layers: int, device: torch.device) -> script.SurgVideo:
