@@ -1,7 +1,7 @@
 """Does the model listen, does it watch? The demo's test split again, with silence for sound, and with frames shuffled.
 
     make demo SCRIPT=surg_video_vqa           # a model that answers, and its test split
-    python benchmarks/ablations.py            # half a minute
+    python benchmarks/ablations.py            # a minute
 
 The data, then copies of it, are answered by train_surg_video_vqa.py --eval-only with the run's last checkpoint. A model
 that listens falls to the blind majority of each type, or below, when it hears nothing; one that watches loses the
