@@ -1,5 +1,5 @@
 # make demo   writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med,
-#             qwen2vl_sentinel, or surg_video_vqa)
+#             qwen2vl_sentinel, surg_video_vqa, or umbrella_mri)
 # make test   ruff, then the tests
 # Both set up .venv with the pinned versions first; when nothing has changed, that takes no time.
 
@@ -9,6 +9,8 @@ DEMO = runs/demo/$(SCRIPT)
 llava_med_flags = --tune full --lr 1e-3 --epochs 8 --pack-tokens 512 --eval-every 400
 surg_video_vqa_flags = --audio-model $(DEMO)/whisper --tune full --lr 3e-4 --epochs 7 --questions-per-step 8 \
 	--pack-tokens 1280 --frames 4 --eval-frames 4 --target short_answer --eval-every 400
+umbrella_mri_flags = --modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 \
+	--questions-per-step 32 --eval-every 400
 qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1

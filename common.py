@@ -982,13 +982,17 @@ def summarise(records: list[dict], majority: dict[str, str], resamples: int = 10
     training majority of the type) and interval, 95 % of bootstrap resamples of whole groups, because the questions
     of one image or patient are not independent; None for a single group, which tells nothing about another. A record
     has question_type, answer, group, correct, tolerant, and where the answer has other forms also_right.
+
+    A type whose questions all have the same `candidates` has label figures, too, see `_label_figures`.
     """
     if not records:
         raise ValueError("no rows to summarise")
     kinds = defaultdict(list)
     for r in records:
         kinds[r["question_type"]].append(r)
-    results = {kind: _accuracy(part, majority, resamples) for kind, part in sorted(kinds.items())}
+    results = {
+        kind: {**_accuracy(part, majority, resamples), **_label_figures(part)} for kind, part in sorted(kinds.items())
+    }
     columns = ("exact", "tolerant", "majority")
     macro = {c: sum(entry[c] for entry in results.values()) / len(results) for c in columns}
     return {"types": results, "all": _accuracy(records, majority, resamples), "macro": macro}
@@ -1014,15 +1018,58 @@ def _accuracy(records, majority, resamples) -> dict:
     }
 
 
+def _label_figures(records) -> dict:
+    """Figures that always saying the most frequent label does not raise; {} unless all may give the same answers.
+
+    balanced is the mean over the labels of the share of its records answered rightly. Where the candidates were
+    scored: scored, the share whose likeliest candidate is right, and auroc, the mean over the labels of one against
+    the others; None where a label has no record, or all.
+    """
+    labels = records[0].get("candidates")
+    if not labels or len(labels) < 2 or any(r.get("candidates") != labels for r in records):
+        return {}
+    true = [_true_candidate(r) for r in records]  # None, a class of its own, where no candidate is right
+    shares = [np.mean([r["correct"] for r, t in zip(records, true, strict=True) if t == label]) for label in set(true)]
+    figures = {"balanced": float(np.mean(shares))}
+    if all("probabilities" in r for r in records):
+        likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in records]
+        by_label = [auroc([r["probabilities"][x] for r in records], [t == x for t in true]) for x in labels]
+        known = [area for area in by_label if area is not None]
+        figures["scored"] = float(np.mean([said == t for said, t in zip(likeliest, true, strict=True)]))
+        figures["auroc"] = float(np.mean(known)) if known else None
+    return figures
+
+
+def _true_candidate(record) -> str | None:
+    forms = [record["answer"], *record.get("also_right", [])]
+    kind = record["question_type"]
+    right = (c for c in record["candidates"] if any(c == f or score_answer(c, f, kind)["exact"] for f in forms))
+    return next(right, None)
+
+
+def auroc(scores: list[float], positive: list[bool]) -> float | None:
+    """The chance that a positive has a higher score than a negative, a tie counting half; None without either."""
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    above, below = scores[positive], np.sort(scores[~positive])
+    if not len(above) or not len(below):
+        return None
+    wins = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")  # twice: lower, plus equal
+    return float(wins.mean() / 2 / len(below))
+
+
 def results_table(results: dict) -> str:
-    """The summary as text: a line a question type, then all questions."""
+    """The summary as text: a line a question type, then all questions; label figures where a type has them."""
     width = max(16, 1 + max(map(len, results["types"])))
+    extra = [c for c in ("balanced", "scored", "auroc") if any(c in r for r in results["types"].values())]
     lines = [f"{'question type':<{width}}{'n':>7}{'exact':>9}{'tolerant':>10}{'majority':>10}{'95 % interval':>18}"]
+    lines[0] += "".join(f"{column:>10}" for column in extra)
     for kind, r in [*results["types"].items(), ("all", results["all"])]:
         interval = "{:.1%} – {:.1%}".format(*r["interval"]) if r["interval"] else "one group"
-        lines.append(
-            f"{kind:<{width}}{r['n']:>7}{r['exact']:>9.1%}{r['tolerant']:>10.1%}{r['majority']:>10.1%}{interval:>18}"
-        )
+        line = f"{kind:<{width}}{r['n']:>7}{r['exact']:>9.1%}{r['tolerant']:>10.1%}{r['majority']:>10.1%}{interval:>18}"
+        for column in extra if r is not results["all"] else []:
+            value = r.get(column)
+            line += f"{'–' if value is None else f'{value:.3f}' if column == 'auroc' else f'{value:.1%}':>10}"
+        lines.append(line)
     macro = results["macro"]
     lines.append(
         f"{'mean of types':<{width + 7}}{macro['exact']:>9.1%}{macro['tolerant']:>10.1%}{macro['majority']:>10.1%}"

@@ -3,15 +3,19 @@
     python demo.py llava_med                       # -> runs/demo/llava_med/model and .../data
     python demo.py qwen2vl_sentinel                # -> runs/demo/qwen2vl_sentinel/model and .../data
     python demo.py surg_video_vqa                  # -> runs/demo/surg_video_vqa/model, .../whisper and .../data
+    python demo.py umbrella_mri                    # -> runs/demo/umbrella_mri/model and .../data
     python demo.py llava_med --out runs/demo/other --images 300 --seed 1
 
 The language model is random and knows nothing; the towers have learned to see and to hear, as pretrained ones have.
-Frames are drawn and recordings made of tones, so that every answer is there to be seen and every spoken question to be
-heard, and a script that learns can be told from one that does not. Same seed, same versions: same bytes.
+Only umbrella_mri's language model, tower and projector have learned to answer as well: that script trains nothing but a
+new embedding of volumes, which can say nothing through a language model that knows nothing.
+Frames and heads are drawn and recordings made of tones, so that every answer is there to be seen and every spoken
+question to be heard, and a script that learns can be told from one that does not. Same seed, same versions: same bytes.
 """
 
 import argparse
 import copy
+import gzip
 import json
 import math
 import string
@@ -24,6 +28,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -518,6 +523,126 @@ def write_wav(path, samples, rate, channels):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Heads: drawn MRI volumes in RAS (x grows to the subject's right, y to the front, z upwards), and conversations
+# ----------------------------------------------------------------------------------------------------------
+
+SCANS = {  # modality -> voxels along x, y, z (and time), their sizes in mm, and the patch that becomes one token
+    "T1": {"shape": (32, 32, 32), "voxel": (5, 6, 5), "patch": (8, 8, 8)},  # 64 tokens
+    "rsfMRI": {"shape": (24, 24, 24, 4), "voxel": (7, 8, 7), "patch": (8, 8, 8, 2)},  # 54 tokens
+}
+VENTRICLES = {"normal": 0.9, "enlarged": 1.5}  # how wide; they vary by a tenth, which leaves a gap
+# How axes run on disk, from scanner to scanner: only a reader that turns them to RAS can tell left from right.
+AXIS_CODES = ["RAS", "LAS", "LPS", "PSR", "RPI", "ASL"]
+
+# task -> (labels, questions, answers with one label word each)
+MRI_TASKS = {
+    "ventricle_size": (
+        ["normal", "enlarged"],
+        ["Are the ventricles normal or enlarged?", "What is the size of the ventricles?"],
+        ["The ventricles are {}.", "They are {}."],
+    ),
+    "lesion_side": (
+        ["left", "right", "none"],
+        ["On which side is the lesion?", "Is there a lesion, and on which side?"],
+        ["Side of the lesion: {}.", "Lesion: {}."],
+    ),
+    "comparison": (
+        ["larger", "smaller", "unchanged"],
+        ["How have the ventricles changed?", "Are the ventricles larger, smaller or unchanged?"],
+        ["The ventricles are {}.", "They are {} now."],
+    ),
+    "active_hemisphere": (
+        ["left", "right"],
+        ["Which hemisphere is active?", "In which hemisphere does the signal change?"],
+        ["The {} hemisphere is active.", "It is the {} one."],
+    ),
+}
+REFERENCE = "This is the reference scan.", "I see it."  # what is said before the second scan of a comparison
+
+
+def random_head(rng):
+    lesion = str(rng.choice(["left", "right", "none"], p=[0.42, 0.33, 0.25]))
+    return {
+        "radii": (rng.uniform(0.95, 1.05, 3) * (72, 88, 72)).tolist(),  # mm
+        "center": rng.uniform(-4, 4, 3).tolist(),
+        "bumps": rng.uniform(-0.02, 0.02, (4, 3)).tolist(),
+        "ventricle_size": str(rng.choice(list(VENTRICLES), p=[0.54, 0.46])),
+        "ventricles": rng.uniform(0.9, 1.1),
+        "lesion_side": lesion,
+        "lesion": (rng.uniform((24, -28, -15), (34, 28, 22)) * (-1 if lesion == "left" else 1, 1, 1)).tolist(),
+        "lesion_radius": rng.uniform(14, 18),
+        "active_hemisphere": str(rng.choice(["left", "right"], p=[0.54, 0.46])),
+    }
+
+
+def draw_head(rng, head, modality):
+    """The voxels as int16, in RAS: zero outside the head, and as bright as the scanner likes."""
+    scan = SCANS[modality]
+    sides = zip(scan["shape"], scan["voxel"], head["center"], strict=False)  # of a series without its time
+    mm = [size * (np.arange(n) - (n - 1) / 2) - center for n, size, center in sides]
+    x, y, z = np.ix_(*(axis.astype(np.float32) for axis in mm))  # from the head's centre
+    bumpy = 1 + 0.02 * sum(np.sin(a * x + b * y + c * z) for a, b, c in head["bumps"])  # no head is an ellipsoid
+
+    def inside(radii, center=(0, 0, 0)):
+        """1 within the ellipsoid, 0 outside, and something between where its surface cuts a voxel."""
+        distance = np.sqrt(sum(((axis - c) / r) ** 2 for axis, c, r in zip((x, y, z), center, radii, strict=True)))
+        return np.clip((bumpy - distance) * (radii[0] / scan["voxel"][0]) + 0.5, 0, 1)
+
+    skull, brain, white = (inside([share * radius for radius in head["radii"]]) for share in (0.92, 0.84, 0.6))
+    voxels = 0.6 * inside(head["radii"]) - 0.4 * skull  # skin and fat, and the dark bone below
+    size = VENTRICLES[head["ventricle_size"]] * head["ventricles"]
+    ventricles = sum(inside((7 * size, 20 * size, 10 * size), (side * (2 + 7 * size), -5, 8)) for side in (-1, 1))
+    if modality == "T1":
+        voxels += 0.5 * brain + 0.2 * white
+        voxels += (0.2 - voxels) * np.clip(ventricles, 0, 1)
+        if head["lesion_side"] != "none":
+            voxels += (2.5 - voxels) * inside(3 * [head["lesion_radius"]], head["lesion"])
+    else:
+        active = brain * np.clip((-x if head["active_hemisphere"] == "left" else x) / 10, 0, 1)
+        course = np.array([-1, 1, -1, 1])  # on average it is as bright as the other one
+        voxels = (voxels + 0.4 * brain + 0.2 * ventricles)[..., None] + 0.12 * active[..., None] * course
+    voxels += 0.02 * rng.standard_normal(voxels.shape, dtype=np.float32) * (voxels > 0)
+    return np.clip(voxels * rng.uniform(300, 3000), 0, None).astype(np.int16)
+
+
+def mri_conversation(rng, subject, task, label, modality, paths):
+    """A conversation in UMBRELLA's form. A turn's scan comes first, so all about one scan begin alike."""
+    labels, questions, answers = MRI_TASKS[task]
+    said = [str(rng.choice(questions)), str(rng.choice(answers)).format(label)]
+    turns = []
+    for number, text in enumerate([*REFERENCE, *said] if len(paths) == 2 else said):
+        scan = [{"type": "image", "modality": modality, "image_path": paths[number // 2]}] if number % 2 == 0 else []
+        turns.append({"role": ["user", "assistant"][number % 2], "content": [*scan, {"type": "text", "text": text}]})
+    return {
+        "task_id": f"{subject}_{task}",
+        "task_type": task,
+        "subject_ids": [subject],
+        "modalities": [modality for _ in paths],
+        "images": [{"path": path, "token": "<image>", "modality": modality} for path in paths],
+        "conversations": turns,
+        "answer_candidates": labels,
+        "metadata": {"label": label},
+    }
+
+
+def random_subject(rng, number):
+    """{path: (voxels, modality)} and conversations. Of three subjects one has a second T1, one a series."""
+    subject, head = f"sub-{number + 1:04d}", random_head(rng)
+    first, later, series = (f"volumes/{subject}_{name}.nii.gz" for name in ("T1w", "ses-02_T1w", "task-rest_bold"))
+    volumes = {first: (draw_head(rng, head, "T1"), "T1")}
+    asked = [(task, head[task], "T1", [first]) for task in ("ventricle_size", "lesion_side")]
+    if number % 3 == 0:
+        before, after = head["ventricle_size"], str(rng.choice(list(VENTRICLES)))
+        change = "unchanged" if after == before else "larger" if after == "enlarged" else "smaller"
+        volumes[later] = draw_head(rng, head | {"ventricle_size": after}, "T1"), "T1"
+        asked.append(("comparison", change, "T1", [first, later]))
+    if number % 3 == 1:
+        volumes[series] = draw_head(rng, head, "rsfMRI"), "rsfMRI"
+        asked.append(("active_hemisphere", head["active_hemisphere"], "rsfMRI", [series]))
+    return volumes, [mri_conversation(rng, subject, *about) for about in asked]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Vision towers that have learned to see
 # ----------------------------------------------------------------------------------------------------------
 
@@ -795,7 +920,7 @@ QWEN2VL_CHAT_TEMPLATE = """\
 """
 
 
-def build_qwen2_tokenizer(texts):
+def build_qwen2_tokenizer(texts, special=QWEN2VL_SPECIAL, chat_template=QWEN2VL_CHAT_TEMPLATE):
     """Like Qwen2's: byte-level BPE, split by its regular expression, with PAD <|endoftext|>, EOS <|im_end|>, no BOS."""
     trainee = Tokenizer(models.BPE())
     trainee.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -814,9 +939,9 @@ def build_qwen2_tokenizer(texts):
         padding_side="left",
         model_max_length=TEXT["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
-        chat_template=QWEN2VL_CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
-    tokenizer.add_special_tokens({"extra_special_tokens": QWEN2VL_SPECIAL})
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
     tokenizer.eos_token = "<|im_end|>"  # only now, because the constructor gives EOS the first ID
     return tokenizer
 
@@ -989,6 +1114,174 @@ def write_surg_video_vqa_data(folder, clips, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# umbrella_mri: a LLaVA as llava-interleave-qwen-0.5b, and drawn heads in UMBRELLA's files
+# ----------------------------------------------------------------------------------------------------------
+
+SIGLIP = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SIGLIP |= {"image_size": 28, "patch_size": 14, "vision_use_head": False}  # its embedding of images is never used
+INTERLEAVE_TEXT = TEXT | {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 160}
+INTERLEAVE_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+
+# llava-interleave-qwen's: all images of a turn, then its text.
+INTERLEAVE_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{# images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{# then text #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+class VolumeEmbedding(torch.nn.Module):
+    """Patches of a volume to tokens: stands in for the tower's embedding of images while the rest is taught."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.places = torch.nn.ModuleDict(), torch.nn.ParameterDict()
+        for scan in SCANS.values():
+            voxels = math.prod(scan["patch"])  # tells the modality, too
+            self.linear[str(voxels)] = torch.nn.Linear(voxels, SIGLIP["hidden_size"])
+            places = torch.empty(math.prod(scan["shape"]) // voxels, SIGLIP["hidden_size"])
+            self.places[str(voxels)] = torch.nn.Parameter(torch.nn.init.trunc_normal_(places, std=0.02))
+
+    def forward(self, patches, interpolate_pos_encoding=False):
+        voxels = str(patches.shape[-1])
+        return self.linear[voxels](patches) + self.places[voxels]
+
+
+def volume_patches(voxels, patch):
+    """(tokens, voxels of a patch), standardised over the head; both row-major."""
+    head = voxels != 0
+    voxels = np.where(head, (voxels - voxels[head].mean()) / voxels[head].std(), 0).astype(np.float32)
+    cut = voxels.reshape([n for whole, part in zip(voxels.shape, patch, strict=True) for n in (whole // part, part)])
+    order = [*range(0, cut.ndim, 2), *range(1, cut.ndim, 2)]  # the grid's axes, then those inside a patch
+    return torch.from_numpy(cut.transpose(order).reshape(-1, math.prod(patch)))
+
+
+def conversation_tokens(tokenizer, turns, tokens):
+    """Token IDs and, in the same places, what is to be learnt: answers and the <|im_end|> behind them."""
+    ids, learnt = [], []
+    for turn in turns:
+        text = tokenizer.apply_chat_template([turn], tokenize=False).replace("<image>", "<image>" * tokens)
+        given, newline, answer = text.partition(" \n") if turn["role"] == "assistant" else (text, "", "")
+        given, answer = tokenizer.encode(given + newline), tokenizer.encode(answer)
+        ids += given + answer
+        learnt += [-100] * len(given) + answer
+    return torch.tensor(ids), torch.tensor(learnt)
+
+
+def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32):
+    """Teach the whole LLaVA to answer about heads that the data set does not hold, then take its embedding away.
+
+    A script that trains nothing but a new embedding of volumes relies on a tower, a projector and a language model
+    that know what to do with its tokens, as pretrained ones do; out of random ones no embedding gets an answer. So
+    all learn together here, through an embedding that is thrown away: the script has to find one anew.
+    """
+    rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
+    seen, examples = {}, {task: [] for task in MRI_TASKS}
+    for number in range(subjects):
+        volumes, conversations = random_subject(rng, number)
+        seen |= {path: volume_patches(voxels, SCANS[kind]["patch"]) for path, (voxels, kind) in volumes.items()}
+        for row in conversations:
+            paths = [image["path"] for image in row["images"]]
+            inputs = conversation_tokens(tokenizer, row["conversations"], len(seen[paths[0]]))
+            examples[row["task_type"]].append((paths, *inputs))
+    labels = torch.tensor([tokenizer.encode(f" {label}")[0] for task in MRI_TASKS.values() for label in task[0]])
+
+    tower, rest = vlm.model.vision_tower, list(vlm.parameters())
+    embedding_of_images = tower.embeddings
+    shares = np.array([len(rows) for rows in examples.values()]) / sum(map(len, examples.values()))
+    named = []
+    for step in range(steps):
+        # Drawn anew twice on the way: what has served three embeddings will serve a fourth.
+        if step in (0, steps // 2, steps * 7 // 10):
+            tower.embeddings = VolumeEmbedding()
+            own = list(tower.embeddings.parameters())
+            optimizer = torch.optim.AdamW([{"params": own}, {"params": rest}], betas=(0.9, 0.95))
+        rate = 3e-3 * min(1, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[1]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        rows = examples[str(rng.choice(list(examples), p=shares))]  # of one task: equally many scans, similar lengths
+        paths, ids, learnt = zip(*(rows[i] for i in rng.choice(len(rows), batch, replace=False)), strict=True)
+        volumes = torch.stack([seen[path] for shown in paths for path in shown])
+        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+        learnt = pad_sequence(learnt, batch_first=True, padding_value=-100)[:, 1:]
+        hidden = vlm.model(input_ids=ids, pixel_values=volumes).last_hidden_state[:, :-1]
+        logits, learnt = vlm.lm_head(hidden[learnt != -100]), learnt[learnt != -100]
+        loss = cross_entropy(logits, learnt)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*own, *rest], 1.0)
+        optimizer.step()
+        named.append((logits.argmax(1) == learnt)[torch.isin(learnt, labels)].float().mean())
+    tower.embeddings = embedding_of_images
+    right = torch.stack(named[-50:]).mean()
+    print(f"LLaVA: {right:.1%} of the last labels named, after {steps} steps on {subjects} subjects of its own")
+
+
+def write_umbrella_mri_model(folder, seed):
+    texts = [*REFERENCE, *AROUND]
+    for labels, questions, answers in MRI_TASKS.values():
+        texts += [*questions, *(answer.format(label) for answer in answers for label in labels)]
+    tokenizer = build_qwen2_tokenizer(texts, INTERLEAVE_SPECIAL, INTERLEAVE_CHAT_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlavaConfig(
+        text_config=transformers.Qwen2Config(
+            **INTERLEAVE_TEXT,
+            vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+            initializer_range=INITIALIZER_RANGE,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.pad_token_id,  # never used: the tokenizer has no BOS
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        vision_config=transformers.SiglipVisionConfig(**SIGLIP),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIGLIP["image_size"] // SIGLIP["patch_size"]) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlavaForConditionalGeneration(config)
+    pretrain_umbrella(model, tokenizer, seed)
+    model.save_pretrained(folder)
+    print(f"{folder}: LLaVA, {model.num_parameters():,} parameters, {len(tokenizer)} word pieces")
+
+
+def write_volume(path, voxels, modality, code, origin):
+    """NIfTI whose axes run as the code says; the affine tells so. gzip notes no time: same seed, same bytes."""
+    import nibabel  # only this data set needs it
+    from nibabel.orientations import axcodes2ornt, ornt_transform
+
+    affine = np.diag([*SCANS[modality]["voxel"], 1.0])
+    affine[:3, 3] = origin
+    image = nibabel.Nifti1Image(voxels, affine)
+    image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(code)))
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def write_umbrella_mri_data(folder, subjects, seed):
+    """One conversation a file; a subject is in one split only, and its scanner decides how axes run on disk."""
+    (folder / "volumes").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 0])
+    start = 0
+    for split, end in [("train", round(0.79 * subjects)), ("validation", round(0.89 * subjects)), ("test", subjects)]:
+        (folder / split).mkdir(exist_ok=True)
+        written = 0
+        for number in range(start, end):
+            volumes, conversations = random_subject(rng, number)
+            code, origin = str(rng.choice(AXIS_CODES)), rng.uniform(-20, 20, 3) - (80, 95, 80)  # mm
+            for path, (voxels, modality) in volumes.items():
+                write_volume(folder / path, voxels, modality, code, origin)
+            for row in conversations:
+                (folder / split / f"{row['task_id']}.json").write_text(json.dumps(row, indent=2) + "\n")
+            written += len(conversations)
+        start = end
+        print(f"{folder / split}: {written} conversations")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1013,6 +1306,13 @@ COMMANDS = {
         write_surg_video_vqa_data,
         "clips",
         700,
+    ),
+    "umbrella_mri": (
+        "a tiny LLaVA that lacks an embedding of volumes, and drawn heads as in UMBRELLA's files",
+        write_umbrella_mri_model,
+        write_umbrella_mri_data,
+        "subjects",
+        1900,
     ),
 }
 

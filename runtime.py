@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -63,8 +64,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
-    """A parser with the options of every script; `defaults` are the script's own values for them."""
+def shared_flags(doc: str, tunings: dict[str, str] | None = None, **defaults) -> argparse.ArgumentParser:
+    """A parser with the options of every script.
+
+    `defaults` are the script's own values for them, `tunings` its own {choice of --tune: what it means}, the default
+    first.
+    """
+    tunings = tunings or {"lora": "adapters", "full": "every parameter"}
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -79,7 +85,8 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--only-ids", metavar="FILE", help="train on these rows alone: a line an ID, or a bad_steps.jsonl to replay")
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--tune", choices=["lora", "full"], default="lora", help="adapters, or every parameter (default: lora)")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in tunings.items())
+    add("--tune", choices=list(tunings), default=next(iter(tunings)), help=f"{meanings} (default: %(default)s)")
     add("--lora-r", type=positive, default=16, help="rank (default: %(default)s)")
     add("--lora-alpha", type=float, default=32, help="scaling is alpha / r (default: %(default)s)")
     add("--lora-dropout", type=float, default=0.05, help="(default: 0.05)")
@@ -135,9 +142,10 @@ def shared_flags(doc: str, **defaults) -> argparse.ArgumentParser:
     add("--eval-split", choices=["test", "val", "train"], default="test", help="split answered at the end")
     add(
         "--decode",
-        choices=["free", "trie", "score"],
+        choices=["free", "trie", "score", "both"],
         default="free",
-        help="answers: greedy, greedy among the allowed, or the likeliest of the allowed",
+        help="answers: greedy; greedy among the allowed; the likeliest of the allowed; greedy, and the allowed scored "
+        "besides (default: %(default)s)",
     )
     add("--max-answer-tokens", type=positive, default=64, help="most tokens of a free answer (default: %(default)s)")
 
@@ -855,8 +863,9 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict, dict]
     """Open every file once; the same bytes or group in two splits is a fault too.
 
     A row has where, id, split, group and media, a list of names; where some of these may be in two splits, such as
-    the recording of a question, `shown` lists the others. measure(folder, name) opens a file completely and returns
-    what its tokens are counted from, JSON-like. Returned are the faults, {name: what it measured}, and `overlaps`.
+    the recording of a question, `shown` lists the others; where it belongs to several groups, `groups` does.
+    measure(folder, name) opens a file completely and returns what its tokens are counted from, JSON-like. Returned
+    are the faults, {name: what it measured}, and `overlaps`.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.media))
 
@@ -873,7 +882,8 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict, dict]
     problems, first = [], {}
     for row in rows:
         broken = [seen[name][0] for name in row.media if seen[name][0]]
-        shared = [("group", row.group, row.group), *(("file", name, seen[name][2]) for name in shown(row))]
+        shared = [("group", group, group) for group in getattr(row, "groups", [row.group])]
+        shared += [("file", name, seen[name][2]) for name in shown(row)]
         for what, name, key in shared if not broken else []:
             other = first.setdefault((what, key), row)
             if other.split != row.split:
@@ -1186,6 +1196,17 @@ def print_parameters(model) -> None:
     n, t = everything.total(), trainable.total()
     print(f"{'without LoRA':<24}{n - everything['LoRA']:>16,}{t - trainable['LoRA']:>16,}")
     print(f"{'total':<24}{n:>16,}{t:>16,}  ({t / n:.2%})")
+
+
+def print_trained(model) -> None:
+    """Every trained parameter by name and size; those that differ in a layer's number alone share a line."""
+    sizes = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            sizes[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(p.numel())
+    print("trained:" if sizes else "nothing is trained")
+    for name, found in sizes.items():
+        print(f"  {name:<72}{sum(found):>14,}" + (f" in {len(found)} layers" if len(found) > 1 else ""))
 
 
 def fingerprint(values) -> str:

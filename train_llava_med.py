@@ -694,18 +694,18 @@ def write_model(source: Path, checkpoint: Path, target: Path, args, text, dtype)
             shutil.copy(path, target)
     common.merge_lora(vlm).to(dtype).save_pretrained(target)
     text.tokenizer.save_pretrained(target)
-    runtime.save_image_processor(text.processor, target)
+    if text.processor is not None:  # volumes have none
+        runtime.save_image_processor(text.processor, target)
 
 
 def write_final(source: Path, checkpoint: Path, run, dtype) -> None:
-    """RUN/adapter, or after full tuning RUN/model, from the last checkpoint."""
-    if run.args.tune == "full":
-        with runtime.replacing(run.folder / "model") as target:
+    """RUN/adapter, or where there are no adapters RUN/model, from the last checkpoint."""
+    adapter = list(checkpoint.glob("adapter_*"))
+    with runtime.replacing(run.folder / ("adapter" if adapter else "model")) as target:
+        if not adapter:
             write_model(source, checkpoint, target, run.args, run.text, dtype)
-    else:
-        with runtime.replacing(run.folder / "adapter") as target:
-            for path in checkpoint.glob("adapter_*"):
-                shutil.copy(path, target)
+        for path in adapter:
+            shutil.copy(path, target)
 
 
 @torch.no_grad()
@@ -737,7 +737,8 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
     """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
     model.eval()
     mode, tokenizer = run.args.decode, run.text.tokenizer
-    found = score_candidates(model, prompts, rows, run) if mode == "score" else {}
+    scored = score_candidates(model, prompts, rows, run) if mode in ("score", "both") else {}
+    found = scored if mode == "score" else {}
     left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in prompts]
     left = [common.answering_prompt(tree) for tree in left if tree.ids]
     count = sum(len(tree.ids) for tree in left)
@@ -754,7 +755,7 @@ def answer(model, prompts: list[Prompt], rows: dict[str, Row], run: Run) -> dict
         answers = common.decode(read, model.lm_head, packed, tokenizer.eos_token_id, limits, tries)
         for name, tokens in zip(ids, answers, strict=True):
             text, ended = tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] == tokenizer.eos_token_id
-            found[name] = {"prediction": text.strip(), "ended": ended}
+            found[name] = {**scored.get(name, {}), "prediction": text.strip(), "ended": ended}
         shown.update(len(ids))
     shown.close()
     return found
@@ -814,6 +815,7 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
         known |= {"question": row.question, "answer": row.answer, **answered}
+        known |= {"candidates": row.candidates} if row.candidates else {}
         known |= {"also_right": other_forms(row)} if other_forms(row) else {}
         records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
     forms = [(row.question_type, form) for row in train_rows for form in (row.answer, *other_forms(row))]
@@ -866,6 +868,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     runtime.place(model, model.decoder, run.device, dtype, args.parallel)
     trained = {n: p for n, p in model.vlm.named_parameters() if p.requires_grad}
     number, everything = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    runtime.print_trained(model.vlm)
     print(f"{run.device.type}, {dtype}; {number:,} parameters trained ({number / everything:.2%})")
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
     if start:
@@ -874,7 +877,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
         runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
 
     def save(step):
-        weights = runtime.whole(trained) if args.tune == "full" else {}  # adapters are whole on every rank
+        weights = {} if common.lora_layers(model.vlm) else runtime.whole(trained)  # adapters are whole on every rank
         moments = runtime.whole(runtime.optimizer_tensors(optimizer, trained))
 
         def write(target):

@@ -20,6 +20,7 @@ def demo_of(name: str, folder, count: int = 60):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "pretrain_tower", lambda *_: None)
         patch.setattr(demo, "pretrain_listener", lambda *_: None)
+        patch.setattr(demo, "pretrain_umbrella", lambda *_: None)
         getattr(demo, f"write_{name}_model")(folder / "model", 0)
     getattr(demo, f"write_{name}_data")(folder / "data", count, 0)
     return folder
@@ -38,3 +39,8 @@ def qwen_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def video_folder(tmp_path_factory):
     return demo_of("surg_video_vqa", tmp_path_factory.mktemp("video"), 20)
+
+
+@pytest.fixture(scope="session")
+def mri_folder(tmp_path_factory):
+    return demo_of("umbrella_mri", tmp_path_factory.mktemp("mri"))

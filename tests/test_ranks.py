@@ -17,6 +17,7 @@ import runtime
 import train_llava_med
 import train_qwen2vl_sentinel
 import train_surg_video_vqa
+import train_umbrella_mri
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
@@ -344,3 +345,24 @@ def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_
             assert any("audio_projector" in name for _, name in moments)
             for key in moments:
                 assert (ours[key] - theirs[key]).norm() <= 1e-4 * theirs[key].norm() + 1e-7, key
+
+
+def test_a_rank_without_a_modality_and_one_with_it_train_as_one(mri_folder, tmp_path):
+    """A step of two conversations, one about a T1 scan and one about a series: each rank has one embedding to use."""
+    flags = ["--model", mri_folder / "model", "--data", mri_folder / "data", "--pack-tokens", 200, "--lr", 1e-3]
+    flags += ["--modality", "T1:32x32x32:8x8x8", "--modality", "rsfMRI:24x24x24x4:8x8x8x2", "--no-share-prefix"]
+    flags += ["--questions-per-step", 2, "--max-steps", 8, "--max-answer-tokens", 3, "--decode", "free"]
+    train_umbrella_mri.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
+    series = [["hemisphere" in name for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
+    assert any(len(set(kind)) == 2 for kind in series)  # one of each in a step, and so a rank each
+    assert any(not any(kind) for kind in series)  # and steps without any: its embedding keeps no gradient
+    for parallel in ("ddp", "fsdp"):
+        out = tmp_path / parallel
+        codes, texts = ended(start([*flags, "--out", out, "--parallel", parallel], script=train_umbrella_mri))
+        assert codes == [0, 0], texts
+        assert_close(out, tmp_path / "one")
+        ours, theirs = (read_tensors(path / "checkpoints/step-00000008") for path in (out, tmp_path / "one"))
+        moments = [key for key in theirs if key[1].endswith("exp_avg")]
+        assert {key[1].split(".")[1] for key in moments} == {"T1", "rsfMRI"}
+        for key in moments:
+            assert (ours[key] - theirs[key]).norm() <= 1e-4 * theirs[key].norm() + 1e-7, key
