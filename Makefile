@@ -10,7 +10,7 @@ llava_med_flags = --tune full --lr 1e-3 --epochs 8 --pack-tokens 512 --eval-ever
 surg_video_vqa_flags = --audio-model $(DEMO)/whisper --tune full --lr 3e-4 --epochs 7 --questions-per-step 8 \
 	--pack-tokens 1280 --frames 4 --eval-frames 4 --target short_answer --eval-every 400
 umbrella_mri_flags = --modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 \
-	--questions-per-step 32 --eval-every 400
+	--questions-per-step 32 --pack-tokens 512 --eval-every 400
 qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1

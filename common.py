@@ -1023,14 +1023,14 @@ def _label_figures(records) -> dict:
 
     balanced is the mean over the labels of the share of its records answered rightly. Where the candidates were
     scored: scored, the share whose likeliest candidate is right, and auroc, the mean over the labels of one against
-    the others; None where a label has no record, or all.
+    the others. Without two labels among the true answers balanced and auroc are None.
     """
     labels = records[0].get("candidates")
     if not labels or len(labels) < 2 or any(r.get("candidates") != labels for r in records):
         return {}
     true = [_true_candidate(r) for r in records]  # None, a class of its own, where no candidate is right
     shares = [np.mean([r["correct"] for r, t in zip(records, true, strict=True) if t == label]) for label in set(true)]
-    figures = {"balanced": float(np.mean(shares))}
+    figures = {"balanced": float(np.mean(shares)) if len(shares) > 1 else None}
     if all("probabilities" in r for r in records):
         likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in records]
         by_label = [auroc([r["probabilities"][x] for r in records], [t == x for t in true]) for x in labels]

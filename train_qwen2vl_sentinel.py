@@ -830,7 +830,7 @@ def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Ru
             scores[name][candidate] = log_prob
     found = {}
     for name, by_candidate in scores.items():
-        chances = torch.tensor(list(by_candidate.values())).softmax(0).tolist()
+        chances = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0).tolist()
         probabilities = dict(zip(by_candidate, chances, strict=True))
         found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
     return found

@@ -19,9 +19,9 @@ The model reads it in its own chat template, with a token for each patch of a vo
     make demo SCRIPT=umbrella_mri                                           # on a CPU, from nothing; or by hand:
     python demo.py umbrella_mri && python train_umbrella_mri.py --model runs/demo/umbrella_mri/model \\
         --data runs/demo/umbrella_mri/data --out runs/demo/umbrella_mri/run --modality T1:32x32x32:8x8x8 \\
-        --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 --questions-per-step 32
+        --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 --questions-per-step 32 --pack-tokens 512
     python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
-    python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --epochs 10        # one GPU
+    python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --lr 1e-3          # one GPU
     torchrun --standalone --nproc-per-node 4 train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN
 
 By default only the patch embeddings are trained, everything else stays frozen. What the demo must reach, and what each
@@ -69,7 +69,11 @@ LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp
 MODALITIES = ["T1:96x96x96:10x10x10", "rsfMRI:96x96x96x24:16x16x16x3"]  # UMBRELLA's own
 # what a model is bound to: a saved one has it in its config.json, and it is the same in training and answering
 VOLUME_SETTINGS = ["modality", "ragged", "resample", "fit_time", "normalise"]
-OWN_SETTINGS = [*VOLUME_SETTINGS, "supervise", "flip"]  # what a checkpoint is bound to
+# what a checkpoint is bound to: also which modalities were shown, and in which words labels were scored
+OWN_SETTINGS = [*VOLUME_SETTINGS, "supervise", "embedded", "worded"]
+
+
+RESERVED = dir(nn.ModuleDict)  # no names for modalities
 
 
 class Modality(NamedTuple):
@@ -83,9 +87,9 @@ class Modality(NamedTuple):
     @classmethod
     def read(cls, text: str) -> "Modality":
         """From NAME:SIZE:PATCH[:CHANNELS], such as T1:96x96x96:10x10x10. Raises ValueError."""
-        found = re.fullmatch(r"([A-Za-z]\w*):(\d+(?:x\d+){2,3}):(\d+(?:x\d+){2,3})(?::(\d+))?", text)
+        found = re.fullmatch(r"([A-Za-z][\w-]*):(\d+(?:x\d+){2,3}):(\d+(?:x\d+){2,3})(?::(\d+))?", text)
         size, patch = (tuple(map(int, part.split("x"))) for part in (found[2], found[3])) if found else ((), ())
-        if not found or len(size) != len(patch) or 0 in (*size, *patch, int(found[4] or 1)):
+        if not found or len(size) != len(patch) or 0 in (*size, *patch, int(found[4] or 1)) or found[1] in RESERVED:
             raise ValueError(f"{text!r} is no NAME:SIZE:PATCH[:CHANNELS] with three or four sizes, as {MODALITIES[0]}")
         return cls(found[1], size, patch, int(found[4] or 1))
 
@@ -108,7 +112,7 @@ def parse_arguments(argv):
         "embedding+lora": "and adapters in the language model",
         "full": "every parameter",
     }
-    parser = runtime.shared_flags(__doc__, tunings, lr=1e-3, decode="both")
+    parser = runtime.shared_flags(__doc__, tunings, decode="both")
     add = parser.add_argument_group("volumes").add_argument
     add(
         "--modality",
@@ -141,8 +145,10 @@ def parse_arguments(argv):
         metavar="TASK=LABEL,LABEL,…",
         help="the labels of a task, one of which every answer names; repeat it for each (in data: answer_candidates)",
     )
-    parser.set_defaults(embedded=[])  # modalities that --model has been trained on
+    parser.set_defaults(embedded=[], worded={})
     args = runtime.parse_flags(parser, argv)
+    if args.flip and args.eval_split == "train":
+        parser.error("--flip with --eval-split train: mirrored conversations are to learn from, not to be asked")
     args.modality = args.modality or list(MODALITIES)
     try:
         modalities_of(args)
@@ -173,8 +179,10 @@ def read_labels(text: str) -> tuple[str, list[str]]:
 
 
 def proper_labels(labels: list[str]) -> list[str]:
-    if len(labels) < 2 or len({common.normalise(label) for label in labels} - {""}) < len(labels):
+    if len(labels) < 2 or len({plain(label) for label in labels} - {""}) < len(labels):
         raise ValueError(f"labels must be at least two, and differ: {labels}")
+    if any(re.search(SENTENCE + r"|,\s", label) for label in labels):
+        raise ValueError(f"a label must be a part of one sentence, without commas: {labels}")
     return labels
 
 
@@ -227,6 +235,8 @@ FIELDS |= {"task_id", "task_type", "subject_ids", "modalities", "conversations",
 
 def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder, UMBRELLA's or canonical, and those that cannot be used."""
+    if (data / "val").is_dir():
+        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
     folders = {split: data / name for split, name in SPLITS.items() if (data / name).is_dir()}
     lines = [f"{split}.jsonl" for split in SPLITS if (data / f"{split}.jsonl").is_file()]
     if folders and lines:
@@ -236,31 +246,36 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     else:
         read = (row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split, args))
     rows, problems = runtime.choose_rows(read, args)
-    word_labels(rows)
-    learned = {volume.modality for row in rows if row.split == "train" for volume in row.volumes} | set(args.embedded)
-    for row in rows if not args.eval_only else []:
-        unknown = [volume.modality for volume in row.volumes if volume.modality not in learned]
-        if unknown:
-            text = f"no training row shows {unknown[0]}, whose embedding would stay as it was drawn; leave the row out"
+    unknown = args.task_labels.keys() - {row.question_type for row in rows}
+    if rows and unknown:
+        raise SystemExit(f"--labels {min(unknown)}=…: no conversation is of this task")
+    args.worded = word_labels(rows, args.worded)
+    if not args.eval_only:
+        shown = {volume.modality for row in rows if row.split == "train" for volume in row.volumes}
+        args.embedded = sorted(shown.union(args.embedded))
+    for row in rows:
+        strange = [volume.modality for volume in row.volumes if volume.modality not in args.embedded]
+        if strange:
+            text = f"training has not shown {strange[0]}, whose embedding is as it was drawn; leave the row out"
             problems.append(Problem(row.where, row.id, text))
     return rows, problems
 
 
 def read_folder(data: Path, folder: Path, split: str, args):
     """UMBRELLA's layout: a conversation a file."""
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".json")
     if not paths:
         yield Problem(folder.name, None, "the folder holds no .json files")
     for path in paths:
-        where = f"{folder.name}/{path.name}"
+        where = str(path.relative_to(data))
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(entry, dict):
                 raise ValueError("a list or a value, not an object")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield Problem(where, None, f"not a JSON object ({error}); mend the file")
             continue
-        yield from rows_of(data, where, {"id": f"{folder.name}/{path.stem}", **entry}, split, args)
+        yield from rows_of(data, where, {"id": where[: -len(".json")], **entry}, split, args)
 
 
 def read_file(data: Path, path: Path, split: str | None, args):
@@ -278,6 +293,9 @@ def rows_of(data: Path, where: str, entry: dict, split: str | None, args):
     """Its rows, and with --flip the mirrored ones; or the Problem it has."""
     try:
         rows = list(conversation_rows(data, where, entry, split, args))
+    except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
+        yield Problem(where, None, f"not as conversations are written ({error}); mend the file")
+        return
     except ValueError as error:
         yield Problem(where, entry.get("id"), str(error))
         return
@@ -293,8 +311,10 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
     if wrong:
         raise ValueError(wrong)
     groups = entry.get("subject_ids") or [entry.get("group")]
-    if not isinstance(groups, list) or any(group in (None, "") for group in groups):
+    if groups == [None]:
         raise ValueError("no subject_ids and no group: the scans of one subject must not be in two splits, so name it")
+    if not isinstance(groups, list) or not all(type(group) in (str, int) and group != "" for group in groups):
+        raise ValueError(f"subject_ids must be a list of names (or group one name): {groups!r}")
     groups = list(dict.fromkeys(map(str, groups)))
     split = split or runtime.split_of(groups[0])
     turns, volumes = read_turns(data, entry)
@@ -303,7 +323,7 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
     if unknown:
         text = f"modality {unknown[0]!r} is not declared, only {', '.join(known)}"
         raise ValueError(f"{text}; declare its size and patch with --modality {unknown[0]}:96x96x96:10x10x10")
-    task = entry.get("task_type", entry.get("question_type"))
+    task = entry.get("task_type") or entry.get("question_type")
     name = str(where if entry.get("id") in (None, "") else entry["id"])
     last = len(turns) - 1
     for i in range(len(turns)):
@@ -311,21 +331,21 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
             continue
         before = turns[:i]
         shown = [part for turn in before for part in turn["content"] if part["type"] == "image"]
+        if not shown and i < last:  # a greeting
+            continue
         if not shown:
             raise ValueError(f"nothing is shown before the answer of turn {i}")
         question = " ".join(part["text"] for part in before[-1]["content"] if part["type"] == "text")
         answer = " ".join(part["text"] for part in turns[i]["content"])
         declared = entry.get("answer_candidates") or args.task_labels.get(task)
+        if {plain(label) for label in args.task_labels.get(task, declared or [])} != {plain(x) for x in declared or []}:
+            raise ValueError(f"answer_candidates {declared} are not those of --labels; leave one of the two out")
         fields = {"question": question, "answer": answer, "question_type": task, "answer_candidates": declared}
         if i < last:  # an acknowledgement, say: a task of its own, without labels
             fields |= {"question_type": f"{task or 'conversation'} turn {i}", "answer_candidates": None}
         fields = common.question_fields(fields)
         inferred = fields.pop("candidates")
         labels = proper_labels(inferred) if declared and i == last else []
-        label = read_label(fields["answer"], labels) if labels else None
-        if labels and label is None:
-            text = f"the answer {fields['answer']!r} does not name one of {', '.join(labels)}"
-            raise ValueError(f"{text}; reword it, or correct answer_candidates or --labels")
         yield Row(
             where=where if i == last else f"{where} turn {i}",
             split=split,
@@ -333,7 +353,7 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
             volumes=volumes[: len(shown)],
             turns=before,
             labels=labels,
-            label=label,
+            label=true_label(fields["answer"], labels) if labels else None,
             groups=groups,
             **fields,
         )
@@ -345,7 +365,7 @@ def read_turns(data: Path, entry: dict) -> tuple[list[dict], list[Volume]]:
     if "conversations" not in entry:  # a question with its volume or volumes
         images = [entry] if "volume" in entry else images
         asked = [*({"type": "image"} for _ in images), {"type": "text", "text": entry.get("question")}]
-        answered = [{"type": "text", "text": str(entry.get("answer") or "")}]
+        answered = [{"type": "text", "text": "" if entry.get("answer") is None else str(entry["answer"])}]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     else:
         turns = entry["conversations"]
@@ -361,16 +381,17 @@ def read_turns(data: Path, entry: dict) -> tuple[list[dict], list[Volume]]:
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         kinds = [part.get("type") if isinstance(part, dict) else None for part in content or []]
         if not kinds or not set(kinds) <= {"text", "image"} or (role != "user" and "image" in kinds):
-            raise ValueError(f"a {role} turn holds {kinds}, not text (or of the user, images)")
+            raise ValueError(f"the {role}'s turn holds {kinds}, not text (or of the user, images)")
         texts = [part.get("text") for part in content if part["type"] == "text"]
         if not all(isinstance(text, str) and text.strip() for text in texts) or (role == "user" and not texts):
-            raise ValueError(f"a {role} turn's text is empty: {texts}")
-        paths += [part.get("image_path") for part in content if part["type"] == "image"]
+            raise ValueError(f"the {role}'s text is empty: {texts}")
+        "".join(texts).encode()  # or it holds half a character, of which a tokenizer would make nothing
+        paths += [(part.get("image_path"), part.get("modality")) for part in content if part["type"] == "image"]
         parts = [{"type": p["type"]} | ({"text": p["text"].strip()} if "text" in p else {}) for p in content]
         found.append({"role": role, "content": parts})
-    named = [image.get("path", image.get("volume")) for image in images]
-    differ = [(path, name) for path, name in zip(paths, named, strict=False) if path not in (None, name)]
-    if len(paths) != len(named) or differ:
+    named = [(image.get("path", image.get("volume")), image.get("modality")) for image in images]
+    pairs = [pair for shown, told in zip(paths, named, strict=False) for pair in zip(shown, told, strict=True)]
+    if len(paths) != len(named) or any(shown not in (None, told) for shown, told in pairs):
         raise ValueError(f"the conversation shows {paths}, but images names {named}")
     return found, [read_volume_entry(data, image) for image in images]
 
@@ -389,9 +410,13 @@ def find_files(data: Path, path: str) -> tuple[str, ...]:
         if (data / path).is_dir():
             names = [p.name for p in (data / path).iterdir() if not p.name.startswith(".")]
             files = [f"{path}/{name}" for name in sorted(names, key=natural)]
-    wrong = [name for name in files if not name.lower().endswith(SUFFIXES)]
+    wrong = [name for name in files if not name.endswith(SUFFIXES)]
     if wrong or not files:
         raise ValueError(f"{wrong[0] if wrong else path + ', an empty folder,'} is none of {', '.join(SUFFIXES)}")
+    numbers = [[int(n) for n in re.findall(r"\d+", Path(name).name)] for name in files]
+    counting = [set(column) for column in zip(*numbers, strict=False) if len(set(column)) == len(files)]
+    if len(files) > 1 and any(max(column) - min(column) >= len(files) for column in counting):
+        raise ValueError(f"{path}: of its {len(files)} frames some are missing, {files[0]} to {files[-1]}")
     return tuple(files)
 
 
@@ -403,64 +428,108 @@ def natural(name: str) -> list:
 # Data: labels
 # ------------------------------------------------------------------------------------------------------------
 
-CLAUSE = r"[.;,:!?](?:\s|$)|\n|\b(?:but|although|though|while|whereas|however)\b"
-DENIAL = r"not|no|non|never|neither|nor|without|cannot|isnt|arent|wasnt|doesnt|rather than|instead of|unlike"
-CONCLUSION = r"\b(?:answer(?: is)?\b:?|therefore|thus|hence|in conclusion|overall)"
+SENTENCE = r"(?<=[.;!?])\s+|\n+"
+CONCLUSION = r"\banswer(?: is\b|:)|\b(?:therefore|thus|hence|in conclusion)\b"
+VERB = r"is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must"
+DENIAL = rf"not?|non|none|never|neither|nor|without|cannot|cant|wont|(?:{VERB})nt|than|instead of|unlike(?:ly)?|hardly"
+DENIAL += r"|improbable|beyond|absen(?:t|ce)|lack(?:s|ing)?|exclud\w+|rul\w+ out|free of|risk of|history of"
 
 
 def read_label(text: str | None, labels: list[str]) -> str | None:
     """The one label that a text says; None where it says none, or several and no clause of it is the answer.
 
-    Labels are found as whole words, a longer one first: "male" is not in "female", nor "dementia" said by "very mild
-    dementia" where that is a label. In a clause a label after a denial is not said: "not male but female", "left
-    rather than right". Of several, the answer clause decides: what follows "the answer is", "therefore" and the like,
-    or an opening clause that is a label alone, "Left. …".
+    A wrong label would be worse than none, so where the words leave a doubt it is None, which counts as wrong:
+    - Labels are whole words, a longer one first: "male" is not in "female", nor "dementia" said by "no dementia" where
+      that is a label, nor "right" by "right-handed". Where yes or no are labels, only the first word counts.
+    - A denied label is not said: "not male but female", "left rather than right", "dementia is not present", "neither
+      left, right nor central". Nor is one in a question.
+    - Of several the answer clause decides: what follows "the answer is", "therefore" and the like, or an opening
+      sentence that is a label alone, "Left. …".
     """
-    text = text or ""
-    said = said_labels(text, labels)
+    known = {plain(label): label for label in labels}
+    if known.keys() & {"yes", "no"}:
+        return known.get(plain(text or "").partition(" ")[0])
+    sentences = [s for s in re.split(SENTENCE, text or "") if s and not s.rstrip().endswith("?")]
+    said = set().union(*(said_labels(sentence, known) for sentence in sentences))
     if len(said) > 1:
-        concluded = re.split(CONCLUSION, text, flags=re.I)
-        clause = concluded[-1] if len(concluded) > 1 else re.split(CLAUSE, text, flags=re.I)[0]
-        alone = common.normalise(clause) in {common.normalise(label) for label in labels}
-        said = said_labels(clause, labels) if len(concluded) > 1 or alone else said
+        concluded = re.split(CONCLUSION, text, flags=re.I)[1:]
+        answer = re.split(SENTENCE, concluded[-1])[0] if concluded else sentences[0]
+        said = said_labels(answer, known) if concluded or plain(answer) in known else said
     return said.pop() if len(said) == 1 else None
 
 
-def said_labels(text: str, labels: list[str]) -> set[str]:
-    said = set()
-    for clause in re.split(CLAUSE, text, flags=re.I):
-        clause = common.normalise(clause)
-        found = []  # (where, label)
-        for label in sorted(labels, key=len, reverse=True):
-            words = rf"(?<!\S){re.escape(common.normalise(label))}(?!\S)"
-            found += [(match.start(), label) for match in re.finditer(words, clause)]
-            clause = re.sub(words, lambda match: "_" * len(match[0]), clause)  # no shorter label inside it
-        denial = re.search(rf"(?<!\S)(?:{DENIAL})(?!\S)", clause)
-        said |= {label for start, label in found if denial is None or start < denial.start()}
+def plain(text: str) -> str:
+    """Text as labels are compared: "Right-handed" is a word of its own."""
+    return common.normalise(re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", "", text))
+
+
+def find_labels(text: str, known: dict[str, str]) -> tuple[list[tuple[int, int, str]], str]:
+    """(start, end, label) of every label in a plain text, longer ones first, and the text with these blotted out."""
+    found = []
+    for words in sorted(known, key=len, reverse=True):
+        found += [(*match.span(), known[words]) for match in re.finditer(rf"(?<!\S){re.escape(words)}(?!\S)", text)]
+        text = re.sub(rf"(?<!\S){re.escape(words)}(?!\S)", lambda match: "_" * len(match[0]), text)
+    return found, text
+
+
+def said_labels(sentence: str, known: dict[str, str]) -> set[str]:
+    """The labels that a sentence names and does not deny."""
+    said, denied = set(), False
+    for clause in re.split(r",\s|(?=\bbut\b)", re.sub(r"^\s*(?:yes|no),", "", sentence, flags=re.I), flags=re.I):
+        found, rest = find_labels(plain(clause), known)
+        denial = re.search(rf"(?<!\S)(?:{DENIAL})(?!\S)", rest)
+        goes_on = re.match(r"(?:(?:or|and|nor) )?_", rest)  # "no polyp, lesion or …": the denial holds for the list
+        denied &= not rest.startswith("but")
+        for start, end, label in found:
+            before = (denied and goes_on) or (denial and denial.start() < start)
+            after = re.match(rf"(?: (?:{VERB}|be|been))* (?:{DENIAL})(?!\S)", rest[end:]) and "_" not in rest[end:]
+            said |= set() if before or after else {label}
+        denied = denied or bool(denial)
     return said
 
 
-def word_labels(rows: list[Row]) -> None:
-    """Give rows with labels their candidates: for each label an answer in the words of training.
+def true_label(answer: str, labels: list[str]) -> str:
+    """The label that a true answer names: read as any answer, and it must name no other, whatever it says of it."""
+    label = read_label(answer, labels)
+    known = {plain(x): x for x in labels}
+    named = {x for _, _, x in find_labels(plain(answer), known)[0]}
+    if label is None or (len(named) > 1 and not known.keys() & {"yes", "no"}):
+        text = f"the answer {answer!r} does not name just one of {', '.join(labels)}"
+        raise ValueError(f"{text}; reword it, or correct answer_candidates or --labels")
+    return label
+
+
+def word_labels(rows: list[Row], worded: dict[str, dict]) -> dict[str, dict]:
+    """Give rows with labels their candidates, for each label an answer in the words of training; {task: {label: …}}.
 
     That is the most frequent training answer of the task whose words, but for the label, occur with every label; where
-    there is none, each label's own most frequent answer, or the label alone.
+    there is none, each label's own most frequent answer, or the label alone. `worded` has those of an earlier run.
     """
     tasks = defaultdict(list)
     for row in rows:
         if row.labels:
-            tasks[(row.question_type, tuple(row.labels))].append(row)
-    for (_, labels), part in tasks.items():
+            tasks[(row.question_type, frozenset(row.labels))].append(row)
+    found = {}
+    for (task, names), part in tasks.items():
+        labels = part[0].labels  # in this order for all, or they could not be compared
         answers = [(row.label, row.answer) for row in part if row.split == "train"]
         frames = Counter(frame for label, answer in answers if (frame := without(label, answer)))
         seen = {(without(label, answer), label) for label, answer in answers}
         shared = [frame for frame, _ in frames.most_common() if all((frame, label) in seen for label in labels)]
         own = {label: Counter(answer for said, answer in answers if said == label) for label in labels}
-        worded = {x: shared[0][0] + x + shared[0][1] for x in labels} if shared else {}
-        worded = worded or {x: own[x].most_common(1)[0][0] if own[x] else x for x in labels}
+        words = {x: shared[0][0] + x + shared[0][1] for x in labels} if shared else {}
+        words = words or {x: own[x].most_common(1)[0][0] if own[x] else x for x in labels}
+        if worded.get(task, {}).keys() == names:
+            words = worded[task]
+        found[task] = words
+        print(f"{task}: scored are {', '.join(map(repr, words.values()))}")
+        for split in SPLITS:
+            counts = Counter(row.label for row in part if row.split == split)
+            print(f"  true answers of {split}: " + ", ".join(f"{counts[label]} {label}" for label in words))
         for row in part:
-            row.candidates = [worded[label] for label in labels]
-            row.also_right = [form for form in (worded[row.label], row.label) if form != row.answer]
+            row.labels, row.candidates = list(words), list(words.values())
+            row.also_right = [x for x in dict.fromkeys([words[row.label], row.label]) if x != row.answer]
+    return found
 
 
 def without(label: str, answer: str) -> tuple[str, str] | None:
@@ -488,8 +557,9 @@ def read_volume(data: Path, name: str, largest: int = 2**30) -> np.ndarray:
     path = runtime.inside(data, name)
     try:
         voxels = read_array(path, largest) if path.suffix in (".npy", ".npz") else read_nifti(path, largest)
-        if voxels.ndim > 3 and voxels.shape[3:] == (1,) * (voxels.ndim - 3):
-            voxels = voxels.reshape(voxels.shape[:3])  # NIfTI writers like to add axes of length 1
+        if voxels.ndim > 3 and voxels.shape[3] == 1:  # NIfTI writers like to add a time of one frame
+            alone = math.prod(voxels.shape[3:]) == 1
+            voxels = voxels.reshape(voxels.shape[:3] + (() if alone else voxels.shape[4:]))
         if voxels.ndim not in (3, 4, 5):
             raise ValueError(f"{voxels.ndim} axes {voxels.shape}, not three to five")
         bad = int((~np.isfinite(voxels)).sum())
@@ -512,9 +582,15 @@ def read_array(path: Path, largest: int) -> np.ndarray:
             found = found[found.files[0]]
     except Exception as error:  # a damaged file makes it raise anything
         raise ValueError(str(error) or type(error).__name__) from None
-    if found.dtype.kind not in "biuf" or found.size > largest:
-        raise ValueError(f"{found.size} voxels of type {found.dtype}; at most {largest} numbers")
+    refuse_kind(found.dtype, found.size, largest)
     return found.astype(np.float32)
+
+
+def refuse_kind(kind: np.dtype, size: int, largest: int) -> None:
+    if kind.kind not in "biuf":
+        raise ValueError(f"its voxels are no real numbers but {kind}")
+    if size > largest:
+        raise ValueError(f"{size} voxels, more than {largest}; resample it, or cut it")
 
 
 def read_nifti(path: Path, largest: int) -> np.ndarray:
@@ -530,9 +606,8 @@ def read_nifti(path: Path, largest: int) -> np.ndarray:
             return nibabel.as_closest_canonical(image).get_fdata(dtype=np.float32, caching="unchanged")
     except Exception as error:  # a damaged file makes it raise anything
         raise ValueError(f"no whole NIfTI file: {error or type(error).__name__}") from None
-    if codes == (0, 0):
-        raise ValueError("its header says no orientation (sform and qform code 0): left and right could be swapped")
-    raise ValueError(f"{size} voxels of type {kind}; at most {largest} numbers")
+    refuse_kind(kind, size, largest)
+    raise ValueError("its header says no orientation (sform and qform code 0): left and right could be swapped")
 
 
 def check_shape(volume: Volume, modality: Modality, measured: dict, args) -> None:
@@ -542,7 +617,11 @@ def check_shape(volume: Volume, modality: Modality, measured: dict, args) -> Non
     if len(set(shapes)) > 1:
         other = next(i for i, s in enumerate(shapes) if s != shape)
         raise ValueError(f"{name} is {shape}, {volume.files[other]} {shapes[other]}; frames must be alike")
-    if len(shapes) > 1 or (len(modality.size) == 4 and len(shape) == 3):
+    if len(shapes) > 1 and len(modality.size) == 3:
+        raise ValueError(
+            f"{name} and {len(shapes) - 1} more files, but a {modality.name} is no series; join them into one"
+        )
+    if len(modality.size) == 4 and (len(shapes) > 1 or len(shape) == 3):
         shape = (*shape[:3], len(shapes), *shape[3:])
     axes = len(modality.size) + (modality.channels > 1)
     wanted = (*modality.size, *([modality.channels] if modality.channels > 1 else []))
@@ -649,7 +728,7 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
         "pad": pad_line,
         "tokens": {n: m.tokens(args.ragged) for n, m in modalities.items()},
     }
-    report |= {name: getattr(args, name) for name in OWN_SETTINGS}
+    report |= {name: getattr(args, name) for name in (*VOLUME_SETTINGS, "supervise", "flip")}
     return Text(tokenizer, image_id, modalities, args, args.sentinels == "keep", report), problems
 
 
@@ -663,11 +742,12 @@ def describe(m: Modality, ragged: str) -> str:
 
 def adopt_volumes(folder: Path, config, args) -> None:
     """Take from a model that this script saved how its volumes were read: its embeddings were learned from that."""
-    for name, value in (getattr(config, "volumes", None) or {}).items():
+    saved = dict(getattr(config, "volumes", None) or {})
+    args.embedded = sorted({*args.embedded, *saved.pop("embedded", [])})
+    for name, value in saved.items():
         if getattr(args, name) != value:
             print(f"{name} {value} (from {folder / 'config.json'})")
             setattr(args, name, value)
-    args.embedded = list(modalities_of(args)) if getattr(config, "volumes", None) else []
 
 
 def render(row: Row, text: Text) -> str:
@@ -796,6 +876,7 @@ class Umbrella(nn.Module):
         with self.autocast():
             for name in dict.fromkeys(media["modalities"]):  # the tower reads all volumes of a modality at once
                 tokens = self.vlm.patch_embed[name](media[f"volumes of {name}"])  # (n, tokens, width of the tower)
+                tokens = tokens.to(self.dtype)  # the positions, which are trained, are float32
                 states = inner.vision_tower(tokens, output_hidden_states=True).hidden_states
                 chosen = [states[i] for i in ([layers] if isinstance(layers, int) else layers)]
                 # all tokens, also where the configuration drops the first: CLIP's class token, which is not embedded
@@ -860,7 +941,7 @@ def replace_embeddings(vlm: LlavaForConditionalGeneration, args) -> None:
     vlm.model.vision_tower.embeddings = Embedded()
     width = vlm.config.vision_config.hidden_size  # 1152 for SigLIP so400m
     vlm.patch_embed = nn.ModuleDict({n: PatchEmbed(m, args.ragged, width) for n, m in modalities_of(args).items()})
-    vlm.config.volumes = {name: getattr(args, name) for name in VOLUME_SETTINGS}
+    vlm.config.volumes = {name: getattr(args, name) for name in (*VOLUME_SETTINGS, "embedded")}
 
 
 def prepare(vlm: LlavaForConditionalGeneration, args) -> None:
@@ -905,7 +986,7 @@ def load_model(folder: Path, args, text: Text, dtype) -> Umbrella:
         folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
     transformers.logging.set_verbosity(level)
-    saved = bool(args.embedded)  # by this script: with patch embeddings, without the tower's own
+    saved = hasattr(config, "volumes")  # by this script: with patch embeddings, without the tower's own
     missing = sorted(n for n in found["missing_keys"] if not (saved and "vision_tower.embeddings." in n))
     if missing:
         raise SystemExit(
@@ -1297,7 +1378,7 @@ def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Ru
             scores[name][candidate] = log_prob
     found = {}
     for name, by_candidate in scores.items():
-        chances = torch.tensor(list(by_candidate.values())).softmax(0).tolist()
+        chances = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0).tolist()
         probabilities = dict(zip(by_candidate, chances, strict=True))
         found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
     return found
