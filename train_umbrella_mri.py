@@ -621,7 +621,7 @@ def check_shape(volume: Volume, modality: Modality, measured: dict, args) -> Non
         raise ValueError(
             f"{name} and {len(shapes) - 1} more files, but a {modality.name} is no series; join them into one"
         )
-    if len(modality.size) == 4 and (len(shapes) > 1 or len(shape) == 3):
+    if len(shapes) > 1:
         shape = (*shape[:3], len(shapes), *shape[3:])
     axes = len(modality.size) + (modality.channels > 1)
     wanted = (*modality.size, *([modality.channels] if modality.channels > 1 else []))
@@ -640,7 +640,7 @@ def load_volume(data: Path, volume: Volume, modality: Modality, args, mirrored: 
     """(channels, x, y, z[, time]) of the modality's size, as the embedding takes it."""
     frames = [torch.from_numpy(np.ascontiguousarray(read_volume(data, name))) for name in volume.files]
     voxels = frames[0]
-    if len(modality.size) == 4 and (len(frames) > 1 or voxels.ndim == 3):
+    if len(frames) > 1:
         voxels = torch.stack(frames, dim=3)
     voxels = voxels.movedim(-1, 0) if modality.channels > 1 else voxels.unsqueeze(0)  # (channels, x, y, z[, time])
     if len(modality.size) == 4:
