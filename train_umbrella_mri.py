@@ -71,8 +71,6 @@ MODALITIES = ["T1:96x96x96:10x10x10", "rsfMRI:96x96x96x24:16x16x16x3"]  # UMBREL
 VOLUME_SETTINGS = ["modality", "ragged", "resample", "fit_time", "normalise"]
 # what a checkpoint is bound to: also which modalities were shown, and in which words labels were scored
 OWN_SETTINGS = [*VOLUME_SETTINGS, "supervise", "embedded", "worded"]
-
-
 RESERVED = dir(nn.ModuleDict)  # no names for modalities
 
 
@@ -95,8 +93,8 @@ class Modality(NamedTuple):
 
     def grid(self, ragged: str) -> tuple[int, ...]:
         """Patches along each axis. 96 voxels in patches of 10: 10 with "pad", 9 with "crop"."""
-        up = 0 if ragged == "crop" else 1
-        return tuple(-(-s // p) if up else s // p for s, p in zip(self.size, self.patch, strict=True))
+        whole = math.floor if ragged == "crop" else math.ceil
+        return tuple(whole(s / p) for s, p in zip(self.size, self.patch, strict=True))
 
     def tokens(self, ragged: str) -> int:
         return math.prod(self.grid(ragged))
@@ -235,13 +233,14 @@ FIELDS |= {"task_id", "task_type", "subject_ids", "modalities", "conversations",
 
 def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
     """All rows of the folder, UMBRELLA's or canonical, and those that cannot be used."""
-    if (data / "val").is_dir():
-        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
     folders = {split: data / name for split, name in SPLITS.items() if (data / name).is_dir()}
+    published = any(is_json(path) for folder in folders.values() for path in folder.rglob("*"))  # or they hold volumes
     lines = [f"{split}.jsonl" for split in SPLITS if (data / f"{split}.jsonl").is_file()]
-    if folders and lines:
+    if published and lines:
         raise SystemExit(f"--data {data}: {', '.join(lines)} beside UMBRELLA's folders; keep one of the two")
-    if folders:
+    if published and (data / "val").is_dir():
+        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
+    if published:
         read = (row for split, folder in folders.items() for row in read_folder(data, folder, split, args))
     else:
         read = (row for split, path in runtime.data_files(data).items() for row in read_file(data, path, split, args))
@@ -263,7 +262,7 @@ def read_data(data: Path, args) -> tuple[list[Row], list[Problem]]:
 
 def read_folder(data: Path, folder: Path, split: str, args):
     """UMBRELLA's layout: a conversation a file."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".json")
+    paths = sorted(path for path in folder.rglob("*") if is_json(path))
     if not paths:
         yield Problem(folder.name, None, "the folder holds no .json files")
     for path in paths:
@@ -276,6 +275,10 @@ def read_folder(data: Path, folder: Path, split: str, args):
             yield Problem(where, None, f"not a JSON object ({error}); mend the file")
             continue
         yield from rows_of(data, where, {"id": where[: -len(".json")], **entry}, split, args)
+
+
+def is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def read_file(data: Path, path: Path, split: str | None, args):

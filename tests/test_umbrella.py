@@ -688,6 +688,7 @@ def test_canonical_rows_equal_umbrella_s_conversations(mri_folder, data, tmp_pat
             entry = {**row, **where}
         lines.append({"id": f"train/{path.stem}", **entry})
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "data/train").mkdir()  # a folder that holds volumes, say, is no layout of its own
     found = load_demo(tmp_path, script, *VOLUMES)
     assert [(t.prefix, t.branches, t.ids, t.media) for t in found.trees] == [
         (t.prefix, t.branches, t.ids, t.media) for t in data.trees
@@ -785,6 +786,8 @@ def test_two_layouts_in_one_folder_and_empty_folders_are_refused(copy, tmp_path)
     assert "1 faults" in refused(copy, tmp_path / "out", *SMALL, "--check")
     failures = json.loads((tmp_path / "out/check.json").read_text())["failures"]
     assert failures == ["validation: the folder holds no .json files"]
+    (copy / "data/val").mkdir()
+    assert "val/ would not be read; UMBRELLA calls it validation" in refused(copy, tmp_path / "out", *SMALL, "--check")
 
 
 def test_a_subject_in_two_splits_is_refused_by_name_also_as_the_second_of_two(copy, tmp_path):
