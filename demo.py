@@ -38,7 +38,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 # The usual 0.02 is meant for widths in the thousands; here it would mute every layer.
 INITIALIZER_RANGE = 0.1
-TEXT = {  # the language model, of both
+TEXT = {  # the language model, of all
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -1175,8 +1175,9 @@ def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32)
     """Teach the whole LLaVA to answer about heads that the data set does not hold, then take its embedding away.
 
     A script that trains nothing but a new embedding of volumes relies on a tower, a projector and a language model
-    that know what to do with its tokens, as pretrained ones do; out of random ones no embedding gets an answer. So
-    all learn together here, through an embedding that is thrown away: the script has to find one anew.
+    that know what to do with its tokens; out of random ones no embedding gets an answer. So all learn the same tasks
+    here, through an embedding of the same form that is thrown away: the script has to find one anew. That shows that
+    its embedding learns, not that a new embedding alone would teach MRI to a model that knows photographs.
     """
     rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
     seen, examples = {}, {task: [] for task in MRI_TASKS}
@@ -1194,7 +1195,7 @@ def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32)
     shares = np.array([len(rows) for rows in examples.values()]) / sum(map(len, examples.values()))
     named = []
     for step in range(steps):
-        # Drawn anew twice on the way: what has served three embeddings will serve a fourth.
+        # Drawn anew twice on the way, with moments: what has served three embeddings is likelier to serve a fourth.
         if step in (0, steps // 2, steps * 7 // 10):
             tower.embeddings = VolumeEmbedding()
             own = list(tower.embeddings.parameters())
@@ -1217,7 +1218,7 @@ def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32)
         named.append((logits.argmax(1) == learnt)[torch.isin(learnt, labels)].float().mean())
     tower.embeddings = embedding_of_images
     right = torch.stack(named[-50:]).mean()
-    print(f"LLaVA: {right:.1%} of the last labels named, after {steps} steps on {subjects} subjects of its own")
+    print(f"LLaVA: {right:.1%} of the labels named in the last training batches, {steps} steps on {subjects} subjects")
 
 
 def write_umbrella_mri_model(folder, seed):

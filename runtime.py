@@ -154,8 +154,8 @@ def shared_flags(doc: str, tunings: dict[str, str] | None = None, **defaults) ->
     add("--overfit", type=positive, metavar="N", help="learn the first N rows by heart, or exit 1")
     add("--overfit-steps", type=positive, default=200, help="within so many steps (default: %(default)s)")
     add("--overfit-loss", type=float, default=2.0, help="the loss must fall below (default: %(default)s)")
-    add("--eval-only", action="store_true", help="answer --eval-split with the adapter of --resume")
-    add("--merge", metavar="DIR", help="write model + adapter of --resume as one plain model folder")
+    add("--eval-only", action="store_true", help="answer --eval-split with what --resume has trained")
+    add("--merge", metavar="DIR", help="write the model with what --resume has trained as one model folder")
     add("--count-params", action="store_true", help="count parameters from the configuration alone")
 
     parser.set_defaults(**defaults)

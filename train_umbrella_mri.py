@@ -3,17 +3,17 @@
 A conversation, one file DATA/{train,validation,test}/NAME.json in UMBRELLA's layout (paths are relative to DATA):
 
     {"task_type": "sex", "subject_ids": ["sub-07"], "images": [{"path": "sub-07_T1w.nii.gz", "modality": "T1"}],
-     "conversations": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it a man?"}]},
+     "conversations": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Male or female?"}]},
                        {"role": "assistant", "content": [{"type": "text", "text": "The subject is female."}]}]}
 
 or a question a line in DATA/train.jsonl (also val.jsonl, test.jsonl):
 
-    {"volume": "sub-07_T1w.nii.gz", "modality": "T1", "question": "Is it a man?", "answer": "The subject is female.",
+    {"volume": "sub-07_T1w.nii.gz", "modality": "T1", "question": "Male or female?", "answer": "It is female.",
      "question_type": "sex", "answer_candidates": ["male", "female"], "group": "sub-07"}
 
 The model reads it in its own chat template, with a token for each patch of a volume; learned is the last answer:
 
-    user        [T1 volume: 1,000 tokens] Is it a man?
+    user        [T1 volume: 1,000 tokens] Male or female?
     assistant   The subject is female.
 
     make demo SCRIPT=umbrella_mri                                           # on a CPU, from nothing; or by hand:
@@ -22,7 +22,8 @@ The model reads it in its own chat template, with a token for each patch of a vo
         --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 --questions-per-step 32 --pack-tokens 512
     python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check            # the proof
     python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --lr 1e-3          # one GPU
-    torchrun --standalone --nproc-per-node 4 train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN
+    torchrun --standalone --nproc-per-node 4 train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA \\
+        --out RUN --lr 1e-3
 
 By default only the patch embeddings are trained, everything else stays frozen. What the demo must reach, and what each
 figure means, is in README.md.
@@ -179,8 +180,8 @@ def read_labels(text: str) -> tuple[str, list[str]]:
 def proper_labels(labels: list[str]) -> list[str]:
     if len(labels) < 2 or len({plain(label) for label in labels} - {""}) < len(labels):
         raise ValueError(f"labels must be at least two, and differ: {labels}")
-    if any(re.search(SENTENCE + r"|,\s", label) for label in labels):
-        raise ValueError(f"a label must be a part of one sentence, without commas: {labels}")
+    if any(re.search(SENTENCE + r"|,\s|-\s*$", label) for label in labels):
+        raise ValueError(f"a label must be a part of one sentence, without commas, and end in a word: {labels}")
     return labels
 
 
@@ -432,27 +433,37 @@ def natural(name: str) -> list:
 # ------------------------------------------------------------------------------------------------------------
 
 SENTENCE = r"(?<=[.;!?])\s+|\n+"
-CONCLUSION = r"\banswer(?: is\b|:)|\b(?:therefore|thus|hence|in conclusion)\b"
+CONCLUSION = r"\banswer(?: is\b|:)|\b(?:therefore|in conclusion)\b"
+CLAUSE = r",\s|(?=\bbut\b)|(?=\band (?:the \w+ )?(?:is|are|was|were)\b)"
 VERB = r"is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must"
-DENIAL = rf"not?|non|none|never|neither|nor|without|cannot|cant|wont|(?:{VERB})nt|than|instead of|unlike(?:ly)?|hardly"
-DENIAL += r"|improbable|beyond|absen(?:t|ce)|lack(?:s|ing)?|exclud\w+|rul\w+ out|free of|risk of|history of"
+DENIAL = r"not?|non|none|never|neither|nor|without|cannot|nothing|nobody|hardly|than|unlike(?:ly)?|improbable|except"
+DENIAL += (
+    r"|absen(?:t|ce)|lack(?:s|ing)?|fail(?:s|ed)?|negative|unclear|uncertain|wrong|incorrect|false|opposite|beyond"
+)
+DENIAL += r"|against|doubt\w*|exclud\w+|rul\w+ out|less likely|(?:instead|free|risk|history) of|far from|opposed to"
+DENIAL += rf"|cant|wont|(?:{VERB})nt"  # can't, won't, isn't
+# behind a label: "… (or …) is very unlikely"; not "larger than before", nor "male, not female" where a label follows
+DENIED_AFTER = rf"(?: (?:or|and) _+)*(?: (?:{VERB}|be|been|seems|appears|very|\w+ly))* (?!than |without )(?:{DENIAL})"
+DENIED_AFTER += r"(?!\S)(?!.*_)"
 
 
 def read_label(text: str | None, labels: list[str]) -> str | None:
     """The one label that a text says; None where it says none, or several and no clause of it is the answer.
 
-    A wrong label would be worse than none, so where the words leave a doubt it is None, which counts as wrong:
+    Rules of words cannot know every sentence. These read rather none than a wrong one; it counts as wrong, too:
     - Labels are whole words, a longer one first: "male" is not in "female", nor "dementia" said by "no dementia" where
-      that is a label, nor "right" by "right-handed". Where yes or no are labels, only the first word counts.
+      that is a label, nor "right" by "right-handed". Where yes or no are labels, the answer must begin with one.
     - A denied label is not said: "not male but female", "left rather than right", "dementia is not present", "neither
       left, right nor central". Nor is one in a question.
     - Of several the answer clause decides: what follows "the answer is", "therefore" and the like, or an opening
       sentence that is a label alone, "Left. …".
     """
     known = {plain(label): label for label in labels}
-    if known.keys() & {"yes", "no"}:
-        return known.get(plain(text or "").partition(" ")[0])
     sentences = [s for s in re.split(SENTENCE, text or "") if s and not s.rstrip().endswith("?")]
+    if known.keys() & {"yes", "no"}:
+        opening = plain(re.sub(r"^.*\banswer(?: is\b|:)", "", sentences[0], flags=re.I)) if sentences else ""
+        longest = sorted(known, key=len, reverse=True)
+        return next((known[words] for words in longest if f"{opening} ".startswith(f"{words} ")), None)
     said = set().union(*(said_labels(sentence, known) for sentence in sentences))
     if len(said) > 1:
         concluded = re.split(CONCLUSION, text, flags=re.I)[1:]
@@ -478,14 +489,14 @@ def find_labels(text: str, known: dict[str, str]) -> tuple[list[tuple[int, int, 
 def said_labels(sentence: str, known: dict[str, str]) -> set[str]:
     """The labels that a sentence names and does not deny."""
     said, denied = set(), False
-    for clause in re.split(r",\s|(?=\bbut\b)", re.sub(r"^\s*(?:yes|no),", "", sentence, flags=re.I), flags=re.I):
+    for clause in re.split(CLAUSE, re.sub(r"^\s*(?:yes|no),", "", sentence, flags=re.I), flags=re.I):
         found, rest = find_labels(plain(clause), known)
         denial = re.search(rf"(?<!\S)(?:{DENIAL})(?!\S)", rest)
         goes_on = re.match(r"(?:(?:or|and|nor) )?_", rest)  # "no polyp, lesion or …": the denial holds for the list
         denied &= not rest.startswith("but")
         for start, end, label in found:
             before = (denied and goes_on) or (denial and denial.start() < start)
-            after = re.match(rf"(?: (?:{VERB}|be|been))* (?:{DENIAL})(?!\S)", rest[end:]) and "_" not in rest[end:]
+            after = re.match(DENIED_AFTER, rest[end:])
             said |= set() if before or after else {label}
         denied = denied or bool(denial)
     return said
@@ -503,10 +514,11 @@ def true_label(answer: str, labels: list[str]) -> str:
 
 
 def word_labels(rows: list[Row], worded: dict[str, dict]) -> dict[str, dict]:
-    """Give rows with labels their candidates, for each label an answer in the words of training; {task: {label: …}}.
+    """Give rows with labels their candidates, an answer in the words of training for each label; {task: {label: …}}.
 
     That is the most frequent training answer of the task whose words, but for the label, occur with every label; where
-    there is none, each label's own most frequent answer, or the label alone. `worded` has those of an earlier run.
+    there is none, each label's own most frequent answer, or the label alone where no answer occurs twice. `worded` has
+    those of an earlier run.
     """
     tasks = defaultdict(list)
     for row in rows:
@@ -521,14 +533,15 @@ def word_labels(rows: list[Row], worded: dict[str, dict]) -> dict[str, dict]:
         shared = [frame for frame, _ in frames.most_common() if all((frame, label) in seen for label in labels)]
         own = {label: Counter(answer for said, answer in answers if said == label) for label in labels}
         words = {x: shared[0][0] + x + shared[0][1] for x in labels} if shared else {}
-        words = words or {x: own[x].most_common(1)[0][0] if own[x] else x for x in labels}
-        if worded.get(task, {}).keys() == names:
-            words = worded[task]
-        found[task] = words
-        print(f"{task}: scored are {', '.join(map(repr, words.values()))}")
+        often = {x: [answer for answer, n in own[x].most_common(1) if n > 1] for x in labels}
+        words = words or {x: often[x][0] if often[x] else x for x in labels}
+        name = " | ".join([task, *sorted(names)])
+        found[name] = words = worded.get(name, words)
+        print(f"{task}: scored are {', '.join(map(repr, words.values()))}; true answers", end="")
         for split in SPLITS:
             counts = Counter(row.label for row in part if row.split == split)
-            print(f"  true answers of {split}: " + ", ".join(f"{counts[label]} {label}" for label in words))
+            print(f", {split}: " + ", ".join(f"{counts[label]} {label}" for label in words), end="")
+        print()
         for row in part:
             row.labels, row.candidates = list(words), list(words.values())
             row.also_right = [x for x in dict.fromkeys([words[row.label], row.label]) if x != row.answer]

@@ -3,7 +3,7 @@
 # it, and the log is its logs/umbrella_mri_JOB.out. What follows the script's name goes to train_umbrella_mri.py.
 #
 #   export MODEL=models/llava-interleave-qwen DATA=data/umbrella OUT=runs/umbrella
-#   sbatch slurm/umbrella_mri.sh --epochs 10 --workers 8   # one GPU; more, and seeds, as in llava_med.sh
+#   sbatch slurm/umbrella_mri.sh --lr 1e-3 --epochs 10 --workers 8   # one GPU; more, and seeds, as in llava_med.sh
 #   sbatch --dependency=afterok:JOB slurm/umbrella_mri.sh --eval-only --decode score    # once it has ended
 #
 # job.sh is the rest, with two more lines to adapt to a cluster.

@@ -1004,6 +1004,19 @@ STAGE = ["cognitively normal", "mild dementia", "very mild dementia", "dementia"
         ("It is normal", ["yes", "no"], None),
         ("The scan is abnormal with no midline shift.", ["yes", "no"], None),
         ("I have no idea", ["yes", "no"], None),
+        ("Yes or no? I would say no.", ["yes", "no"], None),
+        ("The answer is yes.", ["yes", "no"], "yes"),
+        ("Not sure.", ["yes", "no", "not sure"], "not sure"),
+        ("The ventricles are larger than in the reference.", ["larger", "smaller"], "larger"),
+        ("The subject is a healthy female without neurological disease.", SEX, "female"),
+        ("The scan shows no signs of dementia and is cognitively normal.", STAGE, "cognitively normal"),
+        ("Dementia seems unlikely.", STAGE, None),
+        ("Dementia is very unlikely.", STAGE, None),
+        ("Mild dementia or dementia is not present.", STAGE, None),
+        ("It is unclear whether the subject is female", SEX, None),
+        ("Negative for dementia.", STAGE, None),
+        ("Nothing suggests dementia.", STAGE, None),
+        ("The lesion is in the left hemisphere, hence the right arm is weak.", SIDE, None),
     ],
 )
 def test_labels_are_read_as_whole_words_and_two_only_by_an_answer_clause(text, labels, label):
@@ -1060,13 +1073,17 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label():
         row("train", "A male."),
         row("train", "Yes, male."),
         row("train", "No, female."),
+        row("train", "No, female."),
     ]
     script.word_labels(rows, {})
     assert rows[0].candidates == ["Yes, male.", "No, female."]
-    # of a label that training never names, the label; and never a word of the test split
-    rows = [row("train", "Yes, male."), row("test", "No, female.")]
+    # of a label that training never names, the label; of answers that are all different, too: they say more than it
+    rows = [row("train", "Yes, male."), row("train", "Yes, male."), row("test", "No, female.")]
     script.word_labels(rows, {})
-    assert rows[1].candidates == ["Yes, male.", "female"]
+    assert rows[1].candidates == ["Yes, male.", "female"]  # and never in words of the test split
+    rows = [row("train", "A male of 35 years."), row("train", "A female of 62 years.")]
+    script.word_labels(rows, {})
+    assert rows[0].candidates == ["male", "female"]
 
 
 def test_labels_can_be_declared_for_conversations_that_declare_none(copy, tmp_path):
