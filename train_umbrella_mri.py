@@ -493,7 +493,6 @@ def said_labels(sentence: str, known: dict[str, str]) -> set[str]:
         found, rest = find_labels(plain(clause), known)
         denial = re.search(rf"(?<!\S)(?:{DENIAL})(?!\S)", rest)
         goes_on = re.match(r"(?:(?:or|and|nor) )?_", rest)  # "no polyp, lesion or …": the denial holds for the list
-        denied &= not rest.startswith("but")
         for start, end, label in found:
             before = (denied and goes_on) or (denial and denial.start() < start)
             after = re.match(DENIED_AFTER, rest[end:])

@@ -671,6 +671,15 @@ def test_val_and_test_are_asked_for_the_last_answer_whatever_is_supervised(mri_f
     assert {row.question_type for row in every.rows if row.id in added} == {"comparison turn 1"}
 
 
+def test_a_greeting_before_anything_is_shown_is_not_learned(copy):
+    path = conversation(copy, "train", "lesion_side")
+    said = [("user", "Hello."), ("assistant", "How can I help?")]
+    greeting = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    edit(path, conversations=[*greeting, *json.loads(path.read_text())["conversations"]])
+    ids = [row.id for row in load_demo(copy, script, *VOLUMES, "--supervise", "all").rows]
+    assert f"train/{path.stem}" in ids and f"train/{path.stem} turn 1" not in ids
+
+
 def test_canonical_rows_equal_umbrella_s_conversations(mri_folder, data, tmp_path):
     """A question a line with its volume or volumes, or the conversation itself, gives the same tokens and media."""
     shutil.copytree(mri_folder / "data/volumes", tmp_path / "data/volumes")
@@ -932,6 +941,22 @@ def test_free_answers_and_scores_come_together_and_are_those_of_each_alone(data)
         assert sum(both["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
+@torch.no_grad()
+def test_probabilities_tell_even_confident_answers_apart(data, monkeypatch):
+    """In float32 a log-probability 20 above the other's would be a probability of 1, as one 40 above it: a tie."""
+    model = load(data).eval()
+    args = SimpleNamespace(**{**vars(data.args), "decode": "score"})
+    state = script.Run(args, None, torch.device("cpu"), runtime.StopSignal(), data.text, data.read_media)
+    surest = []
+    for gap in (20.0, 30.0):
+        one_first = lambda hidden, head, row, gap=gap: -gap * torch.arange(len(row["ends"])).remainder(2)  # noqa: E731
+        monkeypatch.setattr(common, "branch_log_probs", one_first)
+        tree = next(tree for tree in data.trees if tree.media["volumes"][0].modality == "rsfMRI")
+        (found,) = script.answer(model, [tree], {row.id: row for row in data.rows}, state).values()
+        surest.append(max(found["probabilities"].values()))
+    assert surest[0] < surest[1] < 1
+
+
 # --- labels ----------------------------------------------------------------------------------------------------
 
 SEX, SIDE = ["male", "female"], ["left", "right", "none"]
@@ -1063,6 +1088,9 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label():
     words = script.word_labels(rows, {})
     assert {tuple(r.candidates) for r in rows} == {("The subject is male.", "The subject is female.")}
     assert rows[-1].also_right == ["The subject is female.", "female"] and rows[0].also_right == ["male"]
+    rows = [row("train", "A male."), row("train", "A female.", labels=("female", "male"))]
+    script.word_labels(rows, {})
+    assert {tuple(r.candidates) for r in rows} == {("A male.", "A female.")}
     # the same words answer again where training is not at hand, and whatever the order in which labels are listed
     later = [row("test", "A male brain."), row("test", "A female brain.", labels=("female", "male"))]
     assert script.word_labels(later, words) == words
