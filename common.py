@@ -1029,7 +1029,8 @@ def _label_figures(records) -> dict:
     if not labels or len(labels) < 2 or any(r.get("candidates") != labels for r in records):
         return {}
     true = [_true_candidate(r) for r in records]  # None, a class of its own, where no candidate is right
-    shares = [np.mean([r["correct"] for r, t in zip(records, true, strict=True) if t == label]) for label in set(true)]
+    answered = {label: [r["correct"] for r, t in zip(records, true, strict=True) if t == label] for label in true}
+    shares = [np.mean(right) for right in answered.values()]
     figures = {"balanced": float(np.mean(shares)) if len(shares) > 1 else None}
     if all("probabilities" in r for r in records):
         likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in records]
