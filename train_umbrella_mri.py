@@ -1017,7 +1017,6 @@ def load_model(folder: Path, args, text: Text, dtype) -> Umbrella:
     replace_embeddings(vlm, args)
     if saved:
         load_embeddings(folder, vlm.patch_embed)
-    vlm.patch_embed.to(dtype)
     prepare(vlm, args)
     if args.compile:
         vlm.model.language_model.compile(dynamic=True)
