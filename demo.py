@@ -1171,6 +1171,19 @@ def conversation_tokens(tokenizer, turns, tokens):
     return torch.tensor(ids), torch.tensor(learnt)
 
 
+def mri_examples(rng, tokenizer, subjects):
+    """{path: patches of the scan} and {task: [(paths, token IDs, what is learnt of them)]}."""
+    seen, examples = {}, {task: [] for task in MRI_TASKS}
+    for number in range(subjects):
+        volumes, conversations = random_subject(rng, number)
+        seen |= {path: volume_patches(voxels, SCANS[kind]["patch"]) for path, (voxels, kind) in volumes.items()}
+        for row in conversations:
+            paths = [image["path"] for image in row["images"]]
+            inputs = conversation_tokens(tokenizer, row["conversations"], len(seen[paths[0]]))
+            examples[row["task_type"]].append((paths, *inputs))
+    return seen, examples
+
+
 def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32):
     """Teach the whole LLaVA to answer about heads that the data set does not hold, then take its embedding away.
 
@@ -1180,14 +1193,7 @@ def pretrain_umbrella(vlm, tokenizer, seed, subjects=1500, steps=1900, batch=32)
     its embedding learns, not that a new embedding alone would teach MRI to a model that knows photographs.
     """
     rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
-    seen, examples = {}, {task: [] for task in MRI_TASKS}
-    for number in range(subjects):
-        volumes, conversations = random_subject(rng, number)
-        seen |= {path: volume_patches(voxels, SCANS[kind]["patch"]) for path, (voxels, kind) in volumes.items()}
-        for row in conversations:
-            paths = [image["path"] for image in row["images"]]
-            inputs = conversation_tokens(tokenizer, row["conversations"], len(seen[paths[0]]))
-            examples[row["task_type"]].append((paths, *inputs))
+    seen, examples = mri_examples(rng, tokenizer, subjects)
     labels = torch.tensor([tokenizer.encode(f" {label}")[0] for task in MRI_TASKS.values() for label in task[0]])
 
     tower, rest = vlm.model.vision_tower, list(vlm.parameters())

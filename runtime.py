@@ -686,6 +686,44 @@ def _safetensors_fault(path: Path) -> str | None:
     return None if size == expected else f"{size} bytes instead of {expected}: truncated; download it again"
 
 
+def open_model(kind, folder: Path, config, dtype, grafted: tuple[str, ...] = (), replaced: str = "", remedy: str = ""):
+    """kind.from_pretrained, ended where a weight is missing or has no place: it would be drawn at random, or lost.
+
+    `grafted` are the prefixes of weights that the script loads itself, see load_part; of the model's own the folder
+    may lack those whose names contain `replaced`. `remedy` is said where a weight has no place.
+    """
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
+    model, found = kind.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    transformers.logging.set_verbosity(level)
+    missing = sorted(name for name in found["missing_keys"] if not (replaced and replaced in name))
+    if missing:
+        text = f"{len(missing)} weights are missing, such as {missing[0]}; download it again"
+        raise SystemExit(f"--model {folder}: {text}")
+    foreign = sorted(name for name in found["unexpected_keys"] if not name.startswith(grafted))
+    if foreign:
+        text = f"{len(foreign)} weights without a place, such as {foreign[0]}"
+        raise SystemExit(f"--model {folder}: {text}" + (f"; {remedy}" if remedy else ""))
+    return model
+
+
+def load_part(folder: Path, prefixes: tuple[str, ...], module: torch.nn.Module) -> None:
+    """Load one module's weights, those whose names begin with a prefix, from a folder of safetensors."""
+    weights = {}
+    for path in weight_files(folder):
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            for prefix in prefixes:
+                found = [name for name in names if name.startswith(prefix)]
+                weights |= {name.removeprefix(prefix): file.get_tensor(name) for name in found}
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SystemExit(f"{folder}: {prefixes[0]}* does not fit {type(module).__name__}: {error}") from None
+
+
 def tokenizer(folder: Path):
     """The checkpoint's tokenizer, with its chat template wherever that stands."""
     found = transformers.AutoTokenizer.from_pretrained(folder)

@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import nn
@@ -740,20 +739,9 @@ def meta_model(folder: Path, args) -> Qwen2VLForConditionalGeneration:
 def load_model(folder: Path, args, text: Text, dtype) -> SurgVideo:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
     config = model_config(folder, args)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would list a saved graft's weights as unexpected
-    vlm, found = Qwen2VLForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    transformers.logging.set_verbosity(level)
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise SystemExit(f"--model {folder}: {len(names)} weights are missing, such as {names[0]}; download it again")
     ours = ("audio_tower.", "audio_projector.") if config.audio_config else ()
-    foreign = sorted(name for name in found["unexpected_keys"] if not name.startswith(ours))
-    if foreign:  # another's graft would be lost without a word
-        text = "a grafted encoder must be audio_tower.*, with audio_projector.weight and audio_config in config.json"
-        raise SystemExit(f"--model {folder}: {len(foreign)} weights without a place, such as {foreign[0]}; {text}")
+    remedy = "a grafted encoder must be audio_tower.*, with audio_projector.weight and audio_config in config.json"
+    vlm = runtime.open_model(Qwen2VLForConditionalGeneration, folder, config, dtype, ours, remedy=remedy)
     window = vlm.config.text_config.sliding_window  # None where the configuration does not use it
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
@@ -764,31 +752,16 @@ def load_model(folder: Path, args, text: Text, dtype) -> SurgVideo:
     if config.audio_config:
         nn.init.normal_(vlm.audio_projector.weight, std=vlm.config.text_config.initializer_range)
         if args.audio_model:
-            load_part(Path(args.audio_model), ("model.encoder.", "encoder."), vlm.audio_tower)
+            runtime.load_part(Path(args.audio_model), ("model.encoder.", "encoder."), vlm.audio_tower)
         else:
-            load_part(folder, ("audio_tower.",), vlm.audio_tower)
-            load_part(folder, ("audio_projector.",), vlm.audio_projector)
+            runtime.load_part(folder, ("audio_tower.",), vlm.audio_tower)
+            runtime.load_part(folder, ("audio_projector.",), vlm.audio_projector)
         vlm.audio_tower.to(dtype)
         vlm.audio_projector.to(dtype)
     prepare(vlm, args)
     if args.compile:
         vlm.model.language_model.compile(dynamic=True)
     return SurgVideo(vlm, dtype)
-
-
-def load_part(folder: Path, prefixes: tuple[str, ...], module: nn.Module) -> None:
-    """Load one module's weights, those whose names begin with a prefix, from a folder of safetensors."""
-    weights = {}
-    for path in runtime.weight_files(folder):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            for prefix in prefixes:
-                found = [name for name in names if name.startswith(prefix)]
-                weights |= {name.removeprefix(prefix): file.get_tensor(name) for name in found}
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise SystemExit(f"{folder}: {prefixes[0]}* does not fit {type(module).__name__}: {error}") from None
 
 
 @torch.no_grad()

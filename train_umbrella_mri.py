@@ -48,7 +48,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -314,12 +313,7 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
     wrong = runtime.misspelt(entry, FIELDS)
     if wrong:
         raise ValueError(wrong)
-    groups = entry.get("subject_ids") or [entry.get("group")]
-    if groups == [None]:
-        raise ValueError("no subject_ids and no group: the scans of one subject must not be in two splits, so name it")
-    if not isinstance(groups, list) or not all(type(group) in (str, int) and group != "" for group in groups):
-        raise ValueError(f"subject_ids must be a list of names (or group one name): {groups!r}")
-    groups = list(dict.fromkeys(map(str, groups)))
+    groups = subjects_of(entry)
     split = split or runtime.split_of(groups[0])
     turns, volumes = read_turns(data, entry)
     known = modalities_of(args)
@@ -328,6 +322,7 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
         text = f"modality {unknown[0]!r} is not declared, only {', '.join(known)}"
         raise ValueError(f"{text}; declare its size and patch with --modality {unknown[0]}:96x96x96:10x10x10")
     task = entry.get("task_type") or entry.get("question_type")
+    declared = labels_of(entry, task, args)
     name = str(where if entry.get("id") in (None, "") else entry["id"])
     last = len(turns) - 1
     for i in range(len(turns)):
@@ -341,9 +336,6 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
             raise ValueError(f"nothing is shown before the answer of turn {i}")
         question = " ".join(part["text"] for part in before[-1]["content"] if part["type"] == "text")
         answer = " ".join(part["text"] for part in turns[i]["content"])
-        declared = entry.get("answer_candidates") or args.task_labels.get(task)
-        if {plain(label) for label in args.task_labels.get(task, declared or [])} != {plain(x) for x in declared or []}:
-            raise ValueError(f"answer_candidates {declared} are not those of --labels; leave one of the two out")
         fields = {"question": question, "answer": answer, "question_type": task, "answer_candidates": declared}
         if i < last:  # an acknowledgement, say: a task of its own, without labels
             fields |= {"question_type": f"{task or 'conversation'} turn {i}", "answer_candidates": None}
@@ -361,6 +353,23 @@ def conversation_rows(data: Path, where: str, entry: dict, split: str | None, ar
             groups=groups,
             **fields,
         )
+
+
+def subjects_of(entry: dict) -> list[str]:
+    groups = entry.get("subject_ids") or [entry.get("group")]
+    if groups == [None]:
+        raise ValueError("no subject_ids and no group: the scans of one subject must not be in two splits, so name it")
+    if not isinstance(groups, list) or not all(type(group) in (str, int) and group != "" for group in groups):
+        raise ValueError(f"subject_ids must be a list of names (or group one name): {groups!r}")
+    return list(dict.fromkeys(map(str, groups)))
+
+
+def labels_of(entry: dict, task: str | None, args) -> list[str] | None:
+    """The labels declared for a conversation's task, in the data or by --labels; None where its answer is any text."""
+    here, given = entry.get("answer_candidates"), args.task_labels.get(task)
+    if here and given and {plain(label) for label in here} != {plain(label) for label in given}:
+        raise ValueError(f"answer_candidates {here} are not those of --labels; leave one of the two out")
+    return here or given
 
 
 def read_turns(data: Path, entry: dict) -> tuple[list[dict], list[Volume]]:
@@ -995,45 +1004,20 @@ def load_model(folder: Path, args, text: Text, dtype) -> Umbrella:
     config = read_config(folder)
     if args.tune != "full":
         config.vision_config.attention_dropout = 0.0  # in training mode, for gradient checkpointing, but frozen
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would list a saved model's patch embeddings as unexpected
-    vlm, found = LlavaForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    transformers.logging.set_verbosity(level)
     saved = hasattr(config, "volumes")  # by this script: with patch embeddings, without the tower's own
-    missing = sorted(n for n in found["missing_keys"] if not (saved and "vision_tower.embeddings." in n))
-    if missing:
-        raise SystemExit(
-            f"--model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again"
-        )
-    foreign = sorted(n for n in found["unexpected_keys"] if not (saved and n.startswith("patch_embed.")))
-    if foreign:
-        raise SystemExit(f"--model {folder}: {len(foreign)} weights without a place, such as {foreign[0]}")
+    ours, theirs = (("patch_embed.",), "vision_tower.embeddings.") if saved else ((), "")
+    vlm = runtime.open_model(LlavaForConditionalGeneration, folder, config, dtype, ours, replaced=theirs)
     window = getattr(vlm.config.text_config, "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
     common.separate_pad_from_eos(text.tokenizer, vlm)
     replace_embeddings(vlm, args)
     if saved:
-        load_embeddings(folder, vlm.patch_embed)
+        runtime.load_part(folder, ours, vlm.patch_embed)
     prepare(vlm, args)
     if args.compile:
         vlm.model.language_model.compile(dynamic=True)
     return Umbrella(vlm, dtype)
-
-
-def load_embeddings(folder: Path, patch_embed: nn.ModuleDict) -> None:
-    weights = {}
-    for path in runtime.weight_files(folder):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            found = [name for name in names if name.startswith("patch_embed.")]
-            weights |= {name.removeprefix("patch_embed."): file.get_tensor(name) for name in found}
-    try:
-        patch_embed.load_state_dict(weights)
-    except RuntimeError as error:
-        raise SystemExit(f"--model {folder}: patch_embed.* does not fit config.json's volumes: {error}") from None
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """train_umbrella_mri on a tiny LLaVA and drawn heads in the real formats: patches, volumes, conversations, labels."""
 
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import math
@@ -645,19 +647,14 @@ def test_all_answers_learned_as_rows_of_their_own_are_the_whole_conversation_lea
         answer = turn["content"][0]["text"]
         text = text.replace(f"assistant \n{answer}", f"assistant \n<ANS>{answer}</ANS>")
     input_ids, labels = common.encode_supervised(data.text.tokenizer, text, spans=None)
-    marked = [IGNORE if label == IGNORE else 1 for label in labels]
-    marked = common.expand_placeholder(input_ids, data.text.image_id, [64, 64]), marked
-    places = [i for i, token in enumerate(marked[0]) if token == data.text.image_id]
-    full = iter(labels)
-    expanded = []
-    for token in input_ids:
-        label = next(full)
-        expanded += [label] * (64 if token == data.text.image_id else 1)
-    assert len(places) == 128 and sum(label != IGNORE for label in expanded) > 10
+    times = [64 if token == data.text.image_id else 1 for token in input_ids]
+    input_ids, labels = (
+        [x for x, n in zip(part, times, strict=True) for _ in range(n)] for part in (input_ids, labels)
+    )
+    assert input_ids.count(data.text.image_id) == 128 and sum(label != IGNORE for label in labels) > 10
     whole = next(tree for tree in trees if name in tree.ids)
-    embeds = embedded(model, data, marked[0], whole.media)
-    log_probs = model.vlm(inputs_embeds=embeds).logits[0].log_softmax(-1)
-    loss = -sum(log_probs[i - 1, label] for i, label in enumerate(expanded) if label != IGNORE)
+    log_probs = model.vlm(inputs_embeds=embedded(model, data, input_ids, whole.media)).logits[0].log_softmax(-1)
+    loss = -sum(log_probs[i - 1, label] for i, label in enumerate(labels) if label != IGNORE)
     assert difference(found, gradients(model, loss)) < 1e-5
 
 
@@ -1077,7 +1074,7 @@ def test_what_names_both_labels_is_counted_wrong_never_dropped(mri_folder, tmp_p
     assert {entry["balanced"] for entry in results["types"].values()} == {0.0}
 
 
-def test_candidates_are_worded_as_in_training_and_alike_for_every_label():
+def test_candidates_are_worded_as_in_training_and_alike_for_every_label(capsys):
     def row(split, answer, labels=("male", "female"), task="sex"):
         return script.Row(
             *("w", split, "i", [], [], "q", answer, task, list(labels), ["s"]), label=read_label(answer, list(labels))
@@ -1095,6 +1092,7 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label():
     later = [row("test", "A male brain."), row("test", "A female brain.", labels=("female", "male"))]
     assert script.word_labels(later, words) == words
     assert {tuple(r.candidates) for r in later} == {("The subject is male.", "The subject is female.")}
+    assert "'The subject is female.'; true answers, train: 5 male, 4 female, val: 0 male" in capsys.readouterr().out
     # no words are shared by both labels: each label's own, most frequent
     rows = [
         row("train", "Yes, male."),
@@ -1121,6 +1119,10 @@ def test_labels_can_be_declared_for_conversations_that_declare_none(copy, tmp_pa
     assert all(row.labels == [] and row.candidates is None for row in free.rows)
     flags = ["--labels", "lesion_side=left,right,none", "--labels", "ventricle_size=normal,enlarged"]
     labelled = load_demo(copy, script, *VOLUMES, *flags)
+    edit(conversation(copy, "train", "lesion_side"), answer_candidates=["left", "right"])
+    assert "1 faults" in refused(copy, copy / "out", *SMALL, "--check", *flags)
+    (fault,) = json.loads((copy / "out/check.json").read_text())["failures"]
+    assert "answer_candidates ['left', 'right'] are not those of --labels; leave one of the two out" in fault
     unknown = refused(copy, copy / "out", *SMALL, "--check", "--labels", "lesionside=left,right,none")
     assert "--labels lesionside=…: no conversation is of this task" in unknown
     for row in labelled.rows:
@@ -1171,9 +1173,6 @@ def test_balanced_accuracy_scored_accuracy_and_auroc_are_those_of_their_definiti
 @pytest.fixture(scope="module")
 def trained(mri_folder, tmp_path_factory):
     """A run of six steps with the patch embeddings trained, and what it printed."""
-    import contextlib
-    import io
-
     out, printed = tmp_path_factory.mktemp("run"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         run(mri_folder, out, *SMALL, "--max-steps", 6, "--epochs", 4, "--save-every", 3, "--keep", 1)
