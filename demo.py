@@ -4,11 +4,13 @@
     python demo.py qwen2vl_sentinel                # -> runs/demo/qwen2vl_sentinel/model and .../data
     python demo.py surg_video_vqa                  # -> runs/demo/surg_video_vqa/model, .../whisper and .../data
     python demo.py umbrella_mri                    # -> runs/demo/umbrella_mri/model and .../data
+    python demo.py video_plain_lm                  # -> runs/demo/video_plain_lm/model, .../vision and .../data
     python demo.py llava_med --out runs/demo/other --images 300 --seed 1
 
 The language model is random and knows nothing; the towers have learned to see and to hear, as pretrained ones have.
 Only umbrella_mri's language model, tower and projector have learned to answer as well: that script trains nothing but a
 new embedding of volumes, which can say nothing through a language model that knows nothing.
+video_plain_lm's folder of the language model holds no weights at all: that script starts from its configuration.
 Frames and heads are drawn and recordings made of tones, so that every answer is there to be seen and every spoken
 question to be heard, and a script that learns can be told from one that does not. Same seed, same versions: same bytes.
 """
@@ -29,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -63,6 +66,24 @@ QWEN2VL_VISION = {
     "patch_size": 14,
     "spatial_merge_size": 2,  # 224 / (14 * 2) = GRID
     "temporal_patch_size": 2,
+}
+GPT2 = {
+    "n_embd": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+DINOV2 = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "image_size": 112,
+    "patch_size": 7,
+    "initializer_range": 0.15,
 }
 
 FRAME = 224  # width and height of a drawn frame, in pixels
@@ -477,6 +498,159 @@ def clip_frame(scene):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Motions: one coloured shape moves over a still background, and an Italian caption says which, where to, how fast
+# ----------------------------------------------------------------------------------------------------------
+
+MOTION_LENGTH = 8  # frames, of the size that a clip has
+MOTION_GRID = DINOV2["image_size"] // DINOV2["patch_size"]  # patches along each side of one
+SHAPES = {  # word -> with its article
+    "cerchio": "un cerchio",
+    "quadrato": "un quadrato",
+    "triangolo": "un triangolo",
+    "ellisse": "un'ellisse",
+    "stella": "una stella",
+}
+FEMININE = ["ellisse", "stella"]
+PAINTS = {
+    "rosso": (206, 40, 36),
+    "verde": (40, 156, 62),
+    "giallo": (236, 204, 48),
+    "bianco": (244, 244, 238),
+    "blu": (44, 74, 206),
+}
+DIRECTIONS = {"verso destra": (1, 0), "verso sinistra": (-1, 0), "all'insù": (0, -1), "all'ingiù": (0, 1)}
+# Pixels from the first frame to the last. No motion lies between the classes.
+SPEEDS = {"lentamente": (26, 32), "a gran velocità": (60, 70)}
+RADII = (28, 36)
+
+
+def painted(shape, color):
+    """The two words as they agree: stella rossa, ellisse verde, quadrato blu."""
+    return f"{shape} {color[:-1]}a" if shape in FEMININE and color.endswith("o") else f"{shape} {color}"
+
+
+def caption(shape, color, direction, speed):
+    """The one caption for a motion: Un'ellisse gialla va all'insù a gran velocità."""
+    named = SHAPES[shape].replace(shape, painted(shape, color))
+    return f"{named} va {direction} {speed}.".capitalize()
+
+
+def all_captions():
+    return [caption(s, c, d, v) for s in SHAPES for c in PAINTS for d in DIRECTIONS for v in SPEEDS]
+
+
+def all_sentences():
+    """What is said without a video, in the words of the captions."""
+    opposites = [("verso destra", "verso sinistra"), ("all'insù", "all'ingiù"), tuple(SPEEDS)]
+    sentences = []
+    for one, other in [*opposites, *(reversed(pair) for pair in opposites)]:
+        sentences.append(f"Andare {one} è il contrario di andare {other}.")
+        sentences += [f"{name} che va {one} non va {other}.".capitalize() for name in SHAPES.values()]
+    for shape, name in SHAPES.items():
+        sentences += [f"{name} non è {other}.".capitalize() for other in SHAPES.values() if other != name]
+        for color in PAINTS:
+            last = painted(shape, color)
+            others = [painted(shape, other).split()[1] for other in PAINTS if other != color]
+            sentences += [f"{SHAPES[shape].replace(shape, last)} non è {other}.".capitalize() for other in others]
+    return sentences
+
+
+def random_thing(rng, color, radii):
+    """A shape of random form and size; only its place is missing."""
+    fill = np.clip(np.add(PAINTS.get(color, rng.choice([40, 180])), rng.uniform(-12, 12, 3)), 0, 255)
+    return {
+        "shape": str(rng.choice(list(SHAPES))),
+        "color": color,
+        "fill": tuple(fill.astype(int).tolist()),
+        "radius": rng.uniform(*radii),
+        "angle": rng.uniform(-0.25, 0.25),
+    }
+
+
+def random_ground(rng):
+    return {
+        "texture": int(rng.integers(2**31)),
+        "ground": (rng.uniform(70, 140) + rng.uniform(-22, 22, 3)).tolist(),
+        "slope": rng.uniform(-0.3, 0.3, 2).tolist(),
+        "vignette": rng.uniform(0, 0.7),
+    }
+
+
+def random_motion(rng):
+    """What moves, how, and over what. Lengths are in pixels of a frame as drawn, before it is reduced.
+
+    Where the middle of the way lies depends neither on direction nor on speed, and the way is as likely to be gone to
+    as fro: a frame of unknown time does not tell a direction from its opposite.
+    """
+    thing = random_thing(rng, str(rng.choice(list(PAINTS))), RADII)
+    margin = thing["radius"] + max(max(SPEEDS.values())) / 2 + 2
+    motion = random_ground(rng) | {
+        "thing": thing,
+        "direction": str(rng.choice(list(DIRECTIONS))),
+        "speed": str(rng.choice(list(SPEEDS))),
+        "middle": rng.uniform(margin, FRAME - margin, 2).tolist(),
+        "still": [],
+    }
+    if rng.random() < 0.4:
+        motion["still"] = [random_thing(rng, "grigio", (10, 15)) | {"at": rng.uniform(18, FRAME - 18, 2).tolist()}]
+    return motion | {"way": rng.uniform(*SPEEDS[motion["speed"]])}
+
+
+def motion_scene(motion, number):
+    """The motion in one of its frames, counted from 0. What moves lies on top."""
+    done = motion["way"] * (number / (MOTION_LENGTH - 1) - 0.5)  # from the middle, half the way before and behind it
+    (x, y), (dx, dy) = motion["middle"], DIRECTIONS[motion["direction"]]
+    moved = motion["thing"] | {"at": [x + done * dx, y + done * dy]}
+    return motion | {"number": number, "things": [*motion["still"], moved]}
+
+
+def any_still(rng, number):
+    """One shape of each colour, lying apart: a tower learns from many in a frame sooner than from one."""
+    things = []
+    for color in [*PAINTS, "grigio"]:
+        thing = random_thing(rng, color, (10, 15) if color == "grigio" else RADII)
+        for _ in range(20):  # places, until one is free
+            thing["at"] = rng.uniform(thing["radius"], FRAME - thing["radius"], 2).tolist()
+            if all(math.dist(thing["at"], other["at"]) > thing["radius"] + other["radius"] for other in things):
+                things.append(thing)
+                break
+    return random_ground(rng) | {"number": number, "things": things}
+
+
+def outline(thing):
+    """The corners of a shape of radius 1, turned, enlarged and put in its place."""
+    circle, corners = np.linspace(0, 2 * math.pi, 60, endpoint=False), 2 * math.pi * np.arange(10) / 10
+    turn, reach, flat = {  # angles, distances from the centre, height by width
+        "cerchio": (circle, 0.84, 1),
+        "ellisse": (circle, 1, 0.56),
+        "quadrato": (math.pi / 4 + 2 * math.pi * np.arange(4) / 4, 1, 1),
+        "triangolo": (-math.pi / 2 + 2 * math.pi * np.arange(3) / 3, 1, 1),
+        "stella": (-math.pi / 2 + corners, np.where(np.arange(10) % 2, 0.42, 1), 1),
+    }[thing["shape"]]
+    x, y = reach * np.cos(turn), reach * np.sin(turn) * flat
+    cos, sin, (left, top) = math.cos(thing["angle"]), math.sin(thing["angle"]), thing["at"]
+    x, y = left + thing["radius"] * (cos * x - sin * y), top + thing["radius"] * (sin * x + cos * y)
+    return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+def motion_frame(scene):
+    """An RGB image of the scene, drawn larger and reduced. The background stays, the sensor's noise does not."""
+    rng = np.random.default_rng(scene["texture"])
+    dx, dy = X / FRAME - 0.5, Y / FRAME - 0.5
+    light = 1 + scene["slope"][0] * dx + scene["slope"][1] * dy - scene["vignette"] * (dx**2 + dy**2)
+    light += 0.05 * smooth_noise(rng, 9) + 0.02 * smooth_noise(rng, 40)
+    ground = np.clip(np.array(scene["ground"], dtype=np.float32) * light[..., None], 0, 255)
+    image = Image.fromarray(ground.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for thing in scene["things"]:
+        draw.polygon(outline(thing), fill=thing["fill"])
+    pixels = np.asarray(image.resize((CLIP_FRAME, CLIP_FRAME), Image.Resampling.BOX), dtype=np.float32)
+    noise = np.random.default_rng([scene["texture"], scene["number"]])
+    pixels = pixels + 1.5 * noise.standard_normal((CLIP_FRAME, CLIP_FRAME, 1), dtype=np.float32)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Recordings: a question is spoken as three tones
 # ----------------------------------------------------------------------------------------------------------
 
@@ -648,10 +822,20 @@ def random_subject(rng, number):
 
 # What a patch shows, largest part first come: the words that a tower learns before a language model sees it.
 SHOWN = ["mucosa", "fold", *(f"{c} {s}" for c in COLORS for s in SIZES), "biopsy forceps", "snare", "text", "box"]
+SHOWN_SHAPES, SHOWN_COLORS = ["ground", "grigio", *SHAPES], ["ground", "grigio", *PAINTS]
+
+
+def largest_part(layer, grid, things):
+    """The index in each of the grid x grid patches of a drawing of indices: whatever covers a tenth of it and most."""
+    side = FRAME // grid
+    blocks = np.asarray(layer).reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid**2, side**2)
+    counts = np.stack([(blocks == i).sum(1) for i in range(things)], axis=1)  # (patches, things)
+    counts[:, 0] = side**2 // 10
+    return counts.argmax(1)
 
 
 def patch_labels(scene, grid):
-    """What each of the grid x grid patches shows, as an index into SHOWN: whatever covers a tenth of it and most."""
+    """What each of the grid x grid patches shows, as an index into SHOWN."""
     layer = Image.new("L", (FRAME, FRAME))  # 0 is mucosa
     draw = ImageDraw.Draw(layer)
     for fold in scene["folds"]:
@@ -667,11 +851,7 @@ def patch_labels(scene, grid):
         draw.rectangle(TEXT_BLOCK, SHOWN.index("text"))
     if scene["box"]:
         draw.rectangle(GREEN_BOX, SHOWN.index("box"))
-    side = FRAME // grid
-    blocks = np.asarray(layer).reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid**2, side**2)
-    counts = np.stack([(blocks == i).sum(1) for i in range(len(SHOWN))], axis=1)  # (patches, things)
-    counts[:, 0] = side**2 // 10
-    return counts.argmax(1)
+    return largest_part(layer, grid, len(SHOWN))
 
 
 def image_labels(scene, image, grid):
@@ -681,6 +861,19 @@ def image_labels(scene, image, grid):
     shown = np.pad(patch_labels(scene, grid).reshape(grid, grid), bars)  # black is taken for mucosa, as in corners
     place = np.pad(np.arange(grid**2).reshape(grid, grid), bars, constant_values=-100)  # -100: nothing to learn
     return torch.from_numpy(np.stack([shown.flatten(), place.flatten()]))
+
+
+def motion_labels(scene, image, grid):
+    """(3, patches): the shape that each patch shows, where it lies, and the colour. What is grey has no other shape."""
+    layer = Image.new("L", (FRAME, FRAME))  # 0 is background
+    for number, thing in enumerate(scene["things"], start=1):
+        ImageDraw.Draw(layer).polygon(outline(thing), number)
+    shown = largest_part(layer, grid, len(scene["things"]) + 1)
+    colors = ["ground", *(thing["color"] for thing in scene["things"])]
+    shapes = ["ground", *(t["color"] if t["color"] == "grigio" else t["shape"] for t in scene["things"])]
+    colors = np.array([SHOWN_COLORS.index(color) for color in colors])
+    shapes = np.array([SHOWN_SHAPES.index(shape) for shape in shapes])
+    return torch.from_numpy(np.stack([shapes[shown], np.arange(grid**2), colors[shown]]))
 
 
 def clip_processor():
@@ -702,15 +895,46 @@ def qwen2vl_features(tower, pixel_values, image_grid_thw):
     return tower(pixel_values, grid_thw=image_grid_thw).pooler_output
 
 
+def dinov2_processor():
+    """As the real one's, which resizes to 256 and cuts 224 out; here nothing is cut off, so that no way leaves it."""
+    side = DINOV2["image_size"]
+    return BitImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+def dinov2_features(tower, pixel_values):
+    """The patches of the last layer, without the class token."""
+    return tower(pixel_values).last_hidden_state[:, 1:].flatten(0, 1)
+
+
+def look_at_alike(tower):
+    """Keys as queries: a patch at first attends to patches like it, those of its own colour.
+
+    From them it learns its shape. Attention that is drawn at random takes several times as many steps to find them.
+    """
+    weights = dict(tower.named_parameters())
+    for name, weight in weights.items():
+        key = name.replace("q_proj", "k_proj").replace("query", "key")  # of newer and older transformers
+        if key != name:
+            weights[key].data.copy_(weight.data)
+
+
 def any_scene(rng, number):
     return random_scene(rng, random_patient(rng, number))
 
 
 # How each script's tower is taught. Qwen2-VL reads four times as many patches, so it sees fewer frames.
+# `kinds` are the labels of a patch, what it shows first: how many there are, and how much a kind counts.
 LESSONS = {
     "llava_med": {
         "scene": any_scene,
         "draw": draw_frame,
+        "labels": image_labels,
+        "kinds": [(len(SHOWN), 1), (GRID**2, 1)],
         "grid": GRID,
         "processor": clip_processor,
         "features": clip_features,
@@ -721,6 +945,8 @@ LESSONS = {
     "qwen2vl_sentinel": {
         "scene": any_scene,
         "draw": recorded_frame,
+        "labels": image_labels,
+        "kinds": [(len(SHOWN), 1), (GRID**2, 1)],
         "grid": GRID,
         "processor": qwen2vl_processor,
         "features": qwen2vl_features,
@@ -731,12 +957,26 @@ LESSONS = {
     "surg_video_vqa": {
         "scene": any_clip_frame,
         "draw": clip_frame,
+        "labels": image_labels,
+        "kinds": [(len(SHOWN), 1), (CLIP_GRID**2, 1)],
         "grid": CLIP_GRID,
         "processor": qwen2vl_processor,
         "features": qwen2vl_features,
         "steps": 400,
         "batch": 24,
         "rate": 6e-3,
+    },
+    "video_plain_lm": {
+        "scene": any_still,
+        "draw": motion_frame,
+        "labels": motion_labels,
+        "kinds": [(len(SHOWN_SHAPES), 1), (MOTION_GRID**2, 0.2), (len(SHOWN_COLORS), 0.3)],  # shapes are the hardest
+        "grid": MOTION_GRID,
+        "processor": dinov2_processor,
+        "features": dinov2_features,
+        "steps": 900,
+        "batch": 8,
+        "rate": 4e-3,
     },
 }
 
@@ -749,16 +989,17 @@ def pretrain_tower(tower, seed, lesson, frames=800):
     """
     lesson = LESSONS[lesson]
     steps, batch, features, grid = lesson["steps"], lesson["batch"], lesson["features"], lesson["grid"]
+    sizes = [size for size, _ in lesson["kinds"]]
     rng = np.random.default_rng([seed, 1])  # the data set draws from [seed, 0]
     scenes = [lesson["scene"](rng, number) for number in range(frames)]
     images = [lesson["draw"](scene) for scene in scenes]
-    labels = [image_labels(scene, image, grid) for scene, image in zip(scenes, images, strict=True)]
+    labels = [lesson["labels"](scene, image, grid) for scene, image in zip(scenes, images, strict=True)]
     processor = lesson["processor"]()
     inputs = [processor(image, return_tensors="pt") for image in images]
 
-    shown, _ = torch.cat(labels, dim=1)
-    weight = (len(shown) / torch.bincount(shown, minlength=len(SHOWN)).clamp(min=1)).sqrt()
-    head = torch.nn.Linear(features(tower, **inputs[0]).shape[1], len(SHOWN) + grid**2)
+    shown = torch.cat(labels, dim=1)[0]
+    weight = (len(shown) / torch.bincount(shown, minlength=sizes[0]).clamp(min=1)).sqrt()
+    head = torch.nn.Linear(features(tower, **inputs[0]).shape[1], sum(sizes))
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()])
     named = []
     for step in range(steps):
@@ -766,14 +1007,15 @@ def pretrain_tower(tower, seed, lesson, frames=800):
             group["lr"] = lesson["rate"] * min(1, (step + 1) / 20) * (1 - step / steps)
         chosen = rng.choice(frames, batch, replace=False)
         together = {name: torch.cat([inputs[i][name] for i in chosen]) for name in inputs[0]}
-        logits = head(features(tower, **together))
-        shown_logits, place_logits = logits.split([len(SHOWN), grid**2], dim=1)
-        shown, place = torch.cat([labels[i] for i in chosen], dim=1)
-        loss = cross_entropy(shown_logits, shown, weight=weight) + cross_entropy(place_logits, place)
+        logits = head(features(tower, **together)).split(sizes, dim=1)
+        asked = torch.cat([labels[i] for i in chosen], dim=1)
+        loss = cross_entropy(logits[0], asked[0], weight=weight)
+        for (_, share), guessed, label in zip(lesson["kinds"][1:], logits[1:], asked[1:], strict=True):
+            loss = loss + share * cross_entropy(guessed, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        named.append((shown_logits.argmax(1) == shown).float().mean())
+        named.append((logits[0].argmax(1) == asked[0]).float().mean())
     right = torch.stack(named[-20:]).mean()
     print(f"vision tower: {right:.1%} of the last patches named, after {steps} steps on {frames} frames of its own")
 
@@ -1289,6 +1531,102 @@ def write_umbrella_mri_data(folder, subjects, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# video_plain_lm: a GPT-2 without weights, a DINOv2, and motions as videos of every kind, in LLaVA's files
+# ----------------------------------------------------------------------------------------------------------
+
+GPT2_MERGES = 80  # few, so that most words are two or three pieces, as rare ones are in the real vocabulary
+
+
+def build_gpt2_tokenizer(texts):
+    """Like GPT-2's: byte-level BPE, <|endoftext|> as the last ID for BOS, EOS and UNK, no pad token."""
+    trainee = Tokenizer(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes
+    size = len(alphabet) + GPT2_MERGES
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trainee.train_from_iterator(texts, trainer)
+    learnt = json.loads(trainee.to_str())["model"]
+    return transformers.GPT2Tokenizer(
+        vocab={piece: index for index, piece in enumerate([*learnt["vocab"], "<|endoftext|>"])},
+        merges=[tuple(merge) for merge in learnt["merges"]],
+        model_max_length=GPT2["n_positions"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_video_plain_lm_model(folder, seed):
+    """A GPT-2's tokenizer and configuration, which that script draws weights from, and a whole DINOv2 beside it."""
+    tokenizer = build_gpt2_tokenizer([*all_captions(), *all_sentences()])
+    tokenizer.save_pretrained(folder)
+    config = transformers.GPT2Config(
+        **GPT2,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=INITIALIZER_RANGE,
+        architectures=["GPT2LMHeadModel"],
+    )
+    config.save_pretrained(folder)
+    print(f"{folder}: GPT-2's configuration, {len(tokenizer)} word pieces")
+
+    vision = folder.with_name("vision")
+    dinov2_processor().save_pretrained(vision)
+    torch.manual_seed(seed)
+    tower = transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2))
+    look_at_alike(tower)
+    pretrain_tower(tower, seed, "video_plain_lm", 1600)
+    tower.save_pretrained(vision)
+    print(f"{vision}: DINOv2, {tower.num_parameters():,} parameters")
+
+
+def write_video(folder, number, frames):
+    """The frames as one of four kinds of video; its path below the data folder."""
+    name = f"videos/v{number:04d}"
+    if number % 15 == 0:  # few, because an array is not compressed
+        np.save(folder / f"{name}.npy", np.stack([np.asarray(frame) for frame in frames]))
+        return f"{name}.npy"
+    if number % 3 == 0:
+        (folder / name).mkdir(exist_ok=True)
+        for index, frame in enumerate(frames):
+            frame.save(folder / name / f"{index:03d}.jpg", quality=90)
+        return name
+    if number % 3 == 1:  # 32 colours a frame; the usual method would give none of them to a small shape
+        name, settings = f"{name}.gif", {}
+        frames = [frame.quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE) for frame in frames]
+    else:
+        name, settings = f"{name}.webp", {"quality": 85}
+    frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=125, **settings)
+    return name
+
+
+def write_video_plain_lm_data(folder, videos, seed):
+    """Videos with captions; train and val hold sentences without a video besides, an eighth of the rows."""
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 0])
+    sentences = rng.permutation(all_sentences()).tolist()
+    number = said = 0
+
+    def row(name, asked, answer, **media):
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        return {"id": name, **media, "conversations": turns}
+
+    for split, end in [("train", round(0.7 * videos)), ("val", round(0.85 * videos)), ("test", videos)]:
+        rows = []
+        while number < end:
+            number += 1
+            motion = random_motion(rng)
+            frames = [motion_frame(motion_scene(motion, index)) for index in range(MOTION_LENGTH)]
+            text = caption(motion["thing"]["shape"], motion["thing"]["color"], motion["direction"], motion["speed"])
+            rows.append(row(f"v{number:04d}", "<video>", text, video=write_video(folder, number, frames)))
+            if split != "test" and number % 7 == 0:
+                rows.append(row(f"t{said + 1:04d}", "", sentences[said % len(sentences)]))
+                said += 1
+        text = json.dumps(rows, indent=2, ensure_ascii=False)
+        (folder / f"{split}.json").write_text(text + "\n", encoding="utf-8")
+        print(f"{folder / split}.json: {len(rows)} rows")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Commands
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1320,6 +1658,13 @@ COMMANDS = {
         write_umbrella_mri_data,
         "subjects",
         1900,
+    ),
+    "video_plain_lm": (
+        "a tiny GPT-2 without weights, a tiny DINOv2, and drawn motions with Italian captions in LLaVA's files",
+        write_video_plain_lm_model,
+        write_video_plain_lm_data,
+        "videos",
+        1200,
     ),
 }
 

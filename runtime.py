@@ -302,17 +302,18 @@ def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: st
     """Put the model on the device: whole ("ddp"), or with the layers of its decoder sharded over the ranks ("fsdp").
 
     Sharded are a layer's matrices. Norms and adapters stay whole on every rank, as does what is outside the
-    decoder's layers; their gradients are summed by sum_gradients. `decoder` is a module with a list `layers`.
+    decoder's layers; their gradients are summed by sum_gradients. `decoder` has its layers in its first ModuleList.
     """
     if parallel == "fsdp" and ranks() > 1:
         mesh = init_device_mesh(device.type, (ranks(),))
         small = torch.bfloat16 if dtype == torch.bfloat16 else None  # what travels; gradients are summed in float32
         policy = MixedPrecisionPolicy(small, torch.float32, cast_forward_inputs=False)
-        layers = {p for layer in decoder.layers for p in layer.parameters()}
+        blocks = next(m for m in decoder.children() if isinstance(m, torch.nn.ModuleList))  # "layers", or GPT-2's "h"
+        layers = set(blocks.parameters())
         adapters = {p for p in layers if p.requires_grad} if any(not p.requires_grad for p in layers) else set()
         norms = {p for p in layers if p.ndim < 2}  # as with DDP they are applied in float32
         stay = {p for p in model.parameters() if p not in layers} | norms | adapters
-        for layer in decoder.layers:  # each goes to the device, and is sharded, before the next
+        for layer in blocks:  # each goes to the device, and is sharded, before the next
             fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=stay)
             layer.set_gradient_divide_factor(1.0)  # a sum, as in sum_gradients: train() has divided already
             layer.set_force_sum_reduction_for_comms(True)  # by a plain sum, which gloo has too
@@ -686,16 +687,31 @@ def _safetensors_fault(path: Path) -> str | None:
     return None if size == expected else f"{size} bytes instead of {expected}: truncated; download it again"
 
 
-def open_model(kind, folder: Path, config, dtype, grafted: tuple[str, ...] = (), replaced: str = "", remedy: str = ""):
+def open_model(
+    kind,
+    folder: Path,
+    config,
+    dtype,
+    grafted: tuple[str, ...] = (),
+    replaced: str = "",
+    remedy: str = "",
+    part: str = "",
+):
     """kind.from_pretrained, ended where a weight is missing or has no place: it would be drawn at random, or lost.
 
     `grafted` are the prefixes of weights that the script loads itself, see load_part; of the model's own the folder
-    may lack those whose names contain `replaced`. `remedy` is said where a weight has no place.
+    may lack those whose names contain `replaced`. `remedy` is said where a weight has no place. With `part`, the model
+    is that part of a larger one whose names begin so; transformers translates the rest of them, load_part does not.
     """
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
     model, found = kind.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        key_mapping={rf"^{re.escape(part)}": ""} if part else None,
     )
     transformers.logging.set_verbosity(level)
     missing = sorted(name for name in found["missing_keys"] if not (replaced and replaced in name))
@@ -703,7 +719,7 @@ def open_model(kind, folder: Path, config, dtype, grafted: tuple[str, ...] = (),
         text = f"{len(missing)} weights are missing, such as {missing[0]}; download it again"
         raise SystemExit(f"--model {folder}: {text}")
     foreign = sorted(name for name in found["unexpected_keys"] if not name.startswith(grafted))
-    if foreign:
+    if foreign and not part:
         text = f"{len(foreign)} weights without a place, such as {foreign[0]}"
         raise SystemExit(f"--model {folder}: {text}" + (f"; {remedy}" if remedy else ""))
     return model
@@ -949,7 +965,8 @@ def overlaps(rows, digests: dict[str, str]) -> dict[str, dict]:
         files = set().union(*part) - {None}
         if split != "train" and part:
             shared = files & earlier
-            touched, contained = sum(bool(p & shared) for p in part), sum(p <= shared for p in part)
+            touched = sum(bool(p & shared) for p in part)
+            contained = sum(bool(p) and p <= shared for p in part)  # a text alone shows nothing
             found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}
             found[split] |= {"questions_touched": touched, "questions_contained": contained}
             text = f"{split}: {len(shared)} of {len(files)} files shown are in earlier splits too"

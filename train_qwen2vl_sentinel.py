@@ -501,6 +501,11 @@ def answer_limit(row: Row, args) -> int:
     return min(args.max_answer_tokens, MAX_ANSWER_TOKENS.get(row.question_type, args.max_answer_tokens))
 
 
+def own_figures(model, prompts: list[Prompt], records: list[dict], run) -> dict:
+    """Figures of this script alone, for results.json: none."""
+    return {}
+
+
 def read_images(data: Path, text: Text, prompts: list[Prompt]) -> dict:
     """The images of prompt trees in the order of the row, of different sizes.
 
@@ -821,18 +826,26 @@ def score_candidates(model, prompts: list[Prompt], rows: dict[str, Row], run: Ru
         if pairs:
             trees.append(replace(tree, branches=branches, ids=pairs))
     scores = defaultdict(dict)
-    for packed in packed_rows(trees, run):
-        mask = common.visible(packed["document"], packed["branch"])
-        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, media=packed)
-        pairs = [pair for tree in packed["prompts"] for pair in tree.ids]
-        log_probs = common.branch_log_probs(hidden, model.lm_head, packed).tolist()
-        for (name, candidate), log_prob in zip(pairs, log_probs, strict=True):
-            scores[name][candidate] = log_prob
+    for (name, candidate), log_prob in log_probabilities(model, trees, run).items():
+        scores[name][candidate] = log_prob
     found = {}
     for name, by_candidate in scores.items():
         chances = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0).tolist()
         probabilities = dict(zip(by_candidate, chances, strict=True))
         found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
+    return found
+
+
+@torch.no_grad()
+def log_probabilities(model, prompts: list[Prompt], run: Run) -> dict:
+    """{branch ID: the log-probability of all that is learned in it}"""
+    model.eval()
+    found = {}
+    for packed in packed_rows(prompts, run):
+        mask = common.visible(packed["document"], packed["branch"])
+        hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, None, media=packed)
+        ids = [name for tree in packed["prompts"] for name in tree.ids]
+        found |= dict(zip(ids, common.branch_log_probs(hidden, model.lm_head, packed).tolist(), strict=True))
     return found
 
 
@@ -860,8 +873,9 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
     results |= {"questions_per_s": len(rows) / seconds}
     runtime.write_jsonl(run.folder / "predictions.jsonl", records)
-    runtime.write_json(run.folder / "results.json", results)
     print(common.results_table(results))
+    results |= own_figures(model, prompts, records, run)
+    runtime.write_json(run.folder / "results.json", results)
     print(
         f"answered {len(rows)} questions in {seconds:.1f} s, {cut} cut off before EOS, listed in "
         f"{run.folder / 'predictions.jsonl'}"

@@ -44,3 +44,8 @@ def video_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mri_folder(tmp_path_factory):
     return demo_of("umbrella_mri", tmp_path_factory.mktemp("mri"))
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory):
+    return demo_of("video_plain_lm", tmp_path_factory.mktemp("plain"), 40)

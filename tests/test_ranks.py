@@ -18,6 +18,7 @@ import train_llava_med
 import train_qwen2vl_sentinel
 import train_surg_video_vqa
 import train_umbrella_mri
+import train_video_plain_lm
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
@@ -366,3 +367,24 @@ def test_a_rank_without_a_modality_and_one_with_it_train_as_one(mri_folder, tmp_
         assert {key[1].split(".")[1] for key in moments} == {"T1", "rsfMRI"}
         for key in moments:
             assert (ours[key] - theirs[key]).norm() <= 1e-4 * theirs[key].norm() + 1e-7, key
+
+
+def test_a_rank_with_a_video_and_one_with_a_text_alone_train_as_one(plain_folder, tmp_path):
+    """The tower, projector and packers run on one rank of such a step only; the cache is filled by both."""
+    flags = ["--model", plain_folder / "model", "--vision-model", plain_folder / "vision", "--from-scratch"]
+    flags += ["--data", plain_folder / "data", "--fast-frames", 2, "--fast-grid", 1, "--slow-frames", 2]
+    flags += ["--slow-grid", 2, "--questions-per-step", 2, "--pack-tokens", 64, "--lr", 1e-3, "--max-answer-tokens", 3]
+    train_video_plain_lm.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
+    kinds = [{name[0] for name in line["ids"]} for line in metrics_of(tmp_path / "one") if "ids" in line]
+    assert {"t", "v"} in kinds  # one of each in a step, and so a rank each
+    results = json.loads((tmp_path / "one/results.json").read_text())
+    for parallel in ("ddp", "fsdp"):
+        out, cache = tmp_path / parallel, tmp_path / f"cache {parallel}"
+        argv = [*flags, "--out", out, "--parallel", parallel, "--cache-features", cache]
+        codes, texts = ended(start(argv, script=train_video_plain_lm))
+        assert codes == [0, 0], texts
+        assert_close(out, tmp_path / "one")
+        assert len([path for path in cache.rglob("*") if path.is_file()]) == 40  # one a video, none half written
+        found = json.loads((out / "results.json").read_text())
+        assert (found["retrieval"], found["pairs"]) == (results["retrieval"], results["pairs"])
+        assert found["loss"] == pytest.approx(results["loss"], rel=1e-5)

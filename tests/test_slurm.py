@@ -393,12 +393,20 @@ def test_without_slurm_it_trains_here_and_a_signal_to_the_script_is_one_to_the_t
     assert not (tmp_path / "logs").exists()
 
 
-def test_an_audio_model_is_passed_on_where_there_is_one(stub, tmp_path):
-    script, tell = ROOT / "slurm/surg_video_vqa.sh", stub('printf "<%s>" "$@"')
-    for more, given in (({}, ""), ({"AUDIO_MODEL": "a whisper"}, "<--audio-model><a whisper>")):
-        env = clean_environment(PYTHON=tell, MODEL="m", DATA="d", OUT="o", **more)
-        done = subprocess.run(["bash", script, "--epochs", "3"], env=env, capture_output=True, text=True, check=True)
-        assert done.stdout == f"<{ROOT}/train_surg_video_vqa.py><--model><m><--data><d><--out><o>{given}<--epochs><3>"
+@pytest.mark.parametrize(
+    ("name", "more", "given"),
+    [
+        ("surg_video_vqa", {}, ""),
+        ("surg_video_vqa", {"AUDIO_MODEL": "a whisper"}, "<--audio-model><a whisper>"),
+        ("video_plain_lm", {}, ""),
+        ("video_plain_lm", {"VISION_MODEL": "a dino", "CACHE": "c"}, "<--cache-features><c><--vision-model><a dino>"),
+    ],
+)
+def test_other_models_and_folders_are_passed_on_where_there_are_some(stub, name, more, given):
+    env = clean_environment(PYTHON=stub('printf "<%s>" "$@"'), MODEL="m", DATA="d", OUT="o", **more)
+    argv = ["bash", ROOT / f"slurm/{name}.sh", "--epochs", "3"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"<{ROOT}/train_{name}.py><--model><m><--data><d><--out><o>{given}<--epochs><3>"
 
 
 def test_download_finds_what_is_there_and_lists_what_is_missing(demo_folder, tmp_path):
