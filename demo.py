@@ -17,6 +17,7 @@ question to be heard, and a script that learns can be told from one that does no
 
 import argparse
 import copy
+import functools
 import gzip
 import json
 import math
@@ -69,7 +70,7 @@ QWEN2VL_VISION = {
 }
 GPT2 = {
     "n_embd": 128,
-    "n_layer": 4,
+    "n_layer": 3,
     "n_head": 4,
     "n_positions": 512,
     "resid_pdrop": 0.0,
@@ -520,8 +521,8 @@ PAINTS = {
 }
 DIRECTIONS = {"verso destra": (1, 0), "verso sinistra": (-1, 0), "all'insù": (0, -1), "all'ingiù": (0, 1)}
 # Pixels from the first frame to the last. No motion lies between the classes.
-SPEEDS = {"lentamente": (26, 32), "a gran velocità": (60, 70)}
-RADII = (28, 36)
+SPEEDS = {"lentamente": (30, 36), "a gran velocità": (74, 84)}
+RADII = (24, 30)
 
 
 def painted(shape, color):
@@ -568,12 +569,8 @@ def random_thing(rng, color, radii):
 
 
 def random_ground(rng):
-    return {
-        "texture": int(rng.integers(2**31)),
-        "ground": (rng.uniform(70, 140) + rng.uniform(-22, 22, 3)).tolist(),
-        "slope": rng.uniform(-0.3, 0.3, 2).tolist(),
-        "vignette": rng.uniform(0, 0.7),
-    }
+    texture, color = int(rng.integers(2**31)), tuple((rng.uniform(70, 140) + rng.uniform(-22, 22, 3)).tolist())
+    return {"ground": (texture, color, tuple(rng.uniform(-0.3, 0.3, 2).tolist()), rng.uniform(0, 0.7))}
 
 
 def random_motion(rng):
@@ -633,19 +630,24 @@ def outline(thing):
     return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
+@functools.lru_cache(maxsize=1)  # the same in all frames of a video
+def draw_ground(texture, color, slope, vignette):
+    rng = np.random.default_rng(texture)
+    dx, dy = X / FRAME - 0.5, Y / FRAME - 0.5
+    light = 1 + slope[0] * dx + slope[1] * dy - vignette * (dx**2 + dy**2)
+    light += 0.05 * smooth_noise(rng, 9) + 0.02 * smooth_noise(rng, 40)
+    ground = np.clip(np.array(color, dtype=np.float32) * light[..., None], 0, 255)
+    return Image.fromarray(ground.astype(np.uint8))
+
+
 def motion_frame(scene):
     """An RGB image of the scene, drawn larger and reduced. The background stays, the sensor's noise does not."""
-    rng = np.random.default_rng(scene["texture"])
-    dx, dy = X / FRAME - 0.5, Y / FRAME - 0.5
-    light = 1 + scene["slope"][0] * dx + scene["slope"][1] * dy - scene["vignette"] * (dx**2 + dy**2)
-    light += 0.05 * smooth_noise(rng, 9) + 0.02 * smooth_noise(rng, 40)
-    ground = np.clip(np.array(scene["ground"], dtype=np.float32) * light[..., None], 0, 255)
-    image = Image.fromarray(ground.astype(np.uint8))
+    image = draw_ground(*scene["ground"]).copy()
     draw = ImageDraw.Draw(image)
     for thing in scene["things"]:
         draw.polygon(outline(thing), fill=thing["fill"])
     pixels = np.asarray(image.resize((CLIP_FRAME, CLIP_FRAME), Image.Resampling.BOX), dtype=np.float32)
-    noise = np.random.default_rng([scene["texture"], scene["number"]])
+    noise = np.random.default_rng([scene["ground"][0], scene["number"]])
     pixels = pixels + 1.5 * noise.standard_normal((CLIP_FRAME, CLIP_FRAME, 1), dtype=np.float32)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
@@ -1664,7 +1666,7 @@ COMMANDS = {
         write_video_plain_lm_model,
         write_video_plain_lm_data,
         "videos",
-        1200,
+        3600,
     ),
 }
 

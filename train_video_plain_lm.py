@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
@@ -266,18 +266,20 @@ def evenly(count: int, n: int) -> list[int]:
 
 def measure(data: Path, name: str) -> tuple[int, str]:
     """(frames, sha256) of a file, each frame decoded."""
-    return len(read_frames(data, name)), runtime.file_sha256(data / name)
+    return sum(1 for _ in read_frames(data, name)), runtime.file_sha256(data / name)
 
 
-def read_frames(data: Path, name: str, wanted: list[int] | None = None, largest: int = 50_000_000) -> list[Image.Image]:
-    """The `wanted` frames of a file, or all, RGB; a JPEG or plain PNG is one. Raises ValueError naming the file."""
+def read_frames(data: Path, name: str, wanted: list[int] | None = None, largest: int = 50_000_000):
+    """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
     path = runtime.inside(data, name)
     try:
         if path.suffix.lower() == ".npy":
             frames = np.load(path, mmap_mode="r", allow_pickle=False)
             if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or frames.size == 0:
                 raise ValueError(f"{frames.dtype} of shape {frames.shape}, not uint8 (frames, height, width, 3)")
-            return [Image.fromarray(np.array(frames[i])) for i in (range(len(frames)) if wanted is None else wanted)]
+            for i in range(len(frames)) if wanted is None else wanted:
+                yield Image.fromarray(np.array(frames[i]))
+            return
         with Image.open(path, formats=["GIF", "WEBP", "PNG", "JPEG"]) as image:
             if image.width * image.height > largest:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
@@ -285,12 +287,10 @@ def read_frames(data: Path, name: str, wanted: list[int] | None = None, largest:
                 raise ValueError(f"colour mode {image.mode}; convert it to RGB")
             first = int(getattr(image, "default_image", False))  # of an APNG: what is shown where it cannot be played
             count = getattr(image, "n_frames", 1) - first
-            found = []
             for i in range(count) if wanted is None else wanted:
                 image.seek(first + i)
                 image.load()
-                found.append(image.convert("RGB"))
-            return found
+                yield ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # damaged files make a decoder raise anything
         raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from None
 
@@ -317,6 +317,10 @@ class Text:
     tower: str = ""  # a digest of the tower's weights and configuration, once it is loaded
 
     def chosen(self, row: Row) -> tuple[list[int], list[int], list[int]]:
+        """See choose_frames. Raises ValueError where a frame of a folder is itself an animation."""
+        several = [name for name in row.media if self.measured[name][0] != 1]
+        if row.frames and several:
+            raise ValueError(f"{several[0]} holds {self.measured[several[0]][0]} frames; in a folder each file is one")
         return choose_frames(row.frames or self.measured[row.media[0]][0], self.settings)
 
     def layout(self, row: Row) -> list[int]:
@@ -743,8 +747,13 @@ def answer_limit(row: Row, args) -> int:
 
 
 def score(prediction: str | None, row: Row) -> dict[str, bool]:
-    """{"exact", "tolerant"}"""
-    return common.score_answer(prediction, row.answer, row.question_type)
+    """exact: the same text, spaces aside. tolerant: as answers are compared elsewhere.
+
+    That folds case and drops punctuation and English articles: "a" is one, but in Italian a word of its own.
+    """
+    tolerant = common.score_answer(prediction, row.answer, row.question_type)["exact"]
+    said = unicodedata.normalize("NFC", prediction or "").split()
+    return {"exact": said == row.answer.split(), "tolerant": tolerant}
 
 
 def own_figures(model: VideoPlainLM, prompts: list[Prompt], records: list[dict], run) -> dict:
@@ -826,7 +835,7 @@ def read_video(data: Path, text: Text, media: dict) -> Video:
         if features is not None:
             return Video(media["fast"], media["slow"], None, features, cached_as)
     if len(files) == 1:
-        frames = read_frames(data, files[0], media["frames"])
+        frames = list(read_frames(data, files[0], media["frames"]))
     else:
         frames = [frame for name in files for frame in read_frames(data, name)]
     pixels = text.processor(frames, return_tensors="pt")["pixel_values"]
@@ -843,7 +852,7 @@ def tower_digest(tower: nn.Module) -> str:
     digest = hashlib.sha256(tower.config.to_json_string().encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

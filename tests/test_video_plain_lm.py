@@ -436,7 +436,7 @@ def test_gpt2_as_published_is_loaded_and_its_embedding_only_grows(plain_folder, 
     file = folder / "model/model.safetensors"
     weights = {k.removeprefix("transformer."): t for k, t in load_file(file).items()}
     mask = torch.ones(1, 1, 512, 512).tril()
-    save_file({**weights, **{f"h.{i}.attn.bias": mask.clone() for i in range(4)}}, file, {"format": "pt"})
+    save_file({**weights, **{f"h.{i}.attn.bias": mask.clone() for i in range(3)}}, file, {"format": "pt"})
     demo = load_demo(folder, script, *vision(folder), *LITTLE)
     torch.manual_seed(3)
     model = script.load_model(folder / "model", demo.args, demo.text, torch.float32)
@@ -570,7 +570,7 @@ def test_the_same_frames_come_out_of_every_kind_of_video(tmp_path, kind):
     else:
         assert (files, count) == ([name], None)
         assert script.measure(tmp_path / "data", name)[0] == 5
-        found = script.read_frames(tmp_path / "data", name, [0, 2, 4])
+        found = list(script.read_frames(tmp_path / "data", name, [0, 2, 4]))
     apart = np.array([[np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for b in frames] for a in found])
     assert apart.argmin(1).tolist() == [0, 2, 4]
     assert kind == "gif" or apart.min(1).max() == 0  # 256 colours for 480 pixels are near
@@ -633,6 +633,23 @@ def test_videos_that_cannot_be_used_are_refused_by_name(copy, tmp_path, kind, wo
     refused(copy, tmp_path, *SMALL, "--check")
     [failure] = json.loads((tmp_path / "check.json").read_text())["failures"]
     assert rows[0]["id"] in failure and words in failure
+
+
+def test_an_animation_among_the_frames_of_a_folder_is_refused_by_name(copy, tmp_path):
+    rows = rows_of(copy, "train")
+    save_as("apng", copy / "data/odd", drawn())
+    shutil.copy(copy / "data/odd/v.png", copy / "data/odd/w.png")
+    write_rows(copy, "train", [{**rows[0], "video": "odd"}, *rows[1:]])
+    refused(copy, tmp_path, *SMALL, "--check")
+    [failure] = json.loads((tmp_path / "check.json").read_text())["failures"]
+    assert "odd/v.png holds 5 frames; in a folder each file is one" in failure
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif, turned = Image.Exif(), Image.new("RGB", (6, 4))
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    assert [frame.size for frame in script.read_frames(tmp_path, "a.jpg")] == [(4, 6)]
 
 
 def test_a_single_image_is_a_video_of_one_frame(copy, tmp_path):
@@ -975,6 +992,18 @@ def test_a_model_that_does_not_see_the_video_is_at_chance_in_retrieval(little, t
     same = [common.Prompt(t.prefix, [trees[0].branches[0]], [str(i)], t.media) for i, t in enumerate(trees)]
     assert script.retrieval(model, same, run) == {"retrieval": None, "pairs": 0}  # all say the same
     assert script.retrieval(model, [], run) == {"retrieval": None, "pairs": 0}
+
+
+def test_exact_is_the_text_itself_and_tolerant_as_answers_are_compared_elsewhere():
+    row = SimpleNamespace(answer="Va a destra, più in fretta.", question_type="caption")
+
+    def right(prediction) -> tuple[bool, bool]:
+        found = script.score(prediction, row)
+        return found["exact"], found["tolerant"]
+
+    assert right("Va a  destra, piu\u0300 in fretta.\n") == (True, True)
+    assert right("va a destra più in fretta") == right("Va destra, più in fretta.") == (False, True)
+    assert right("Va a destra, piu in fretta.") == right("") == right(None) == right("Va a destra") == (False, False)
 
 
 def test_listed_words_are_found_whole_with_accents_and_apostrophes():
