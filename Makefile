@@ -12,8 +12,8 @@ surg_video_vqa_flags = --audio-model $(DEMO)/whisper --tune full --lr 3e-4 --epo
 umbrella_mri_flags = --modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8x8x8x2 --lr 5e-3 --epochs 5 \
 	--questions-per-step 32 --pack-tokens 512 --eval-every 400
 video_plain_lm_flags = --vision-model $(DEMO)/vision --from-scratch --cache-features $(DEMO)/features \
-	--slow-frames 2 --slow-grid 6 --lr 6e-4 --epochs 8 --questions-per-step 8 --pack-tokens 512 --eval-every 400 \
-	--words "direction=destra,sinistra,all'insù,all'ingiù" --words "speed=lentamente,a gran velocità"
+	--fast-frames 2 --slow-frames 2 --slow-grid 6 --lr 7e-4 --epochs 5 --questions-per-step 8 --pack-tokens 512 \
+	--eval-every 400 --words "direction=destra,sinistra,all'insù,all'ingiù" --words "speed=lentamente,a gran velocità"
 qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1

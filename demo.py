@@ -505,7 +505,6 @@ def clip_frame(scene):
 MOTION_LENGTH = 8  # frames, of the size that a clip has
 MOTION_GRID = DINOV2["image_size"] // DINOV2["patch_size"]  # patches along each side of one
 SHAPES = {  # word -> with its article
-    "cerchio": "un cerchio",
     "quadrato": "un quadrato",
     "triangolo": "un triangolo",
     "ellisse": "un'ellisse",
@@ -521,7 +520,7 @@ PAINTS = {
 }
 DIRECTIONS = {"verso destra": (1, 0), "verso sinistra": (-1, 0), "all'insù": (0, -1), "all'ingiù": (0, 1)}
 # Pixels from the first frame to the last. No motion lies between the classes.
-SPEEDS = {"lentamente": (30, 36), "a gran velocità": (74, 84)}
+SPEEDS = {"lentamente": (36, 42), "a gran velocità": (80, 90)}
 RADII = (24, 30)
 
 
@@ -618,7 +617,6 @@ def outline(thing):
     """The corners of a shape of radius 1, turned, enlarged and put in its place."""
     circle, corners = np.linspace(0, 2 * math.pi, 60, endpoint=False), 2 * math.pi * np.arange(10) / 10
     turn, reach, flat = {  # angles, distances from the centre, height by width
-        "cerchio": (circle, 0.84, 1),
         "ellisse": (circle, 1, 0.56),
         "quadrato": (math.pi / 4 + 2 * math.pi * np.arange(4) / 4, 1, 1),
         "triangolo": (-math.pi / 2 + 2 * math.pi * np.arange(3) / 3, 1, 1),

@@ -308,7 +308,7 @@ def place(model, decoder, device: torch.device, dtype: torch.dtype, parallel: st
         mesh = init_device_mesh(device.type, (ranks(),))
         small = torch.bfloat16 if dtype == torch.bfloat16 else None  # what travels; gradients are summed in float32
         policy = MixedPrecisionPolicy(small, torch.float32, cast_forward_inputs=False)
-        blocks = next(m for m in decoder.children() if isinstance(m, torch.nn.ModuleList))  # "layers", or GPT-2's "h"
+        blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))  # "layers", or GPT-2's "h"
         layers = set(blocks.parameters())
         adapters = {p for p in layers if p.requires_grad} if any(not p.requires_grad for p in layers) else set()
         norms = {p for p in layers if p.ndim < 2}  # as with DDP they are applied in float32

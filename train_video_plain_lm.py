@@ -20,7 +20,8 @@ There is no chat format. The model reads, and learns the text and the end token 
     make demo SCRIPT=video_plain_lm                                         # on a CPU, from nothing; or by hand:
     python demo.py video_plain_lm && python train_video_plain_lm.py --model runs/demo/video_plain_lm/model \\
         --vision-model runs/demo/video_plain_lm/vision --data runs/demo/video_plain_lm/data \\
-        --out runs/demo/video_plain_lm/run --from-scratch --slow-grid 4 --fast-grid 2
+        --out runs/demo/video_plain_lm/run --from-scratch --fast-frames 2 --slow-frames 2 --slow-grid 6 --lr 7e-4 \\
+        --epochs 5 --questions-per-step 8 --pack-tokens 512 --cache-features runs/demo/video_plain_lm/features
     python train_video_plain_lm.py --data DATA --out RUN --check                          # the proof: GPT-2, DINOv2
     python train_video_plain_lm.py --data DATA --out RUN --cache-features DIR             # one GPU
     torchrun --standalone --nproc-per-node 4 train_video_plain_lm.py --data DATA --out RUN --cache-features DIR
@@ -72,7 +73,7 @@ SLOW_START, SLOW_END = "<slow_vid_start>", "<slow_vid_end>"
 VIDEO_TOKENS = (VID_START, VID_PATCH, VID_END, SLOW_START, SLOW_END)
 OURS = ("vision_tower.", "projector.", "fast_packer.", "slow_packer.")  # what is grafted onto the language model
 NEW_PATTERN = r"(projector|fast_packer|slow_packer)\..*"
-# every projection of a language model that is built like Llama's; GPT-2's are no nn.Linear, see --tune
+# the projections as Llama, Mistral and Qwen name them; what is adapted is printed. GPT-2's are no nn.Linear
 LORA_PATTERN = r"(?!vision_tower\.).*\.([qkvo]_proj|(gate|up|down)_proj)"
 LAYOUT = ["fast_frames", "slow_frames", "fast_grid", "slow_grid", "packer"]  # a model is bound to it
 # what a checkpoint is bound to: also to what it was trained for, and a fingerprint of the tower
@@ -121,7 +122,10 @@ def parse_arguments(argv):
     if not args.mask_video and (args.overfit or args.eval_split == "train"):
         parser.error("--no-mask-video: what is answered must be masked; not with --overfit or --eval-split train")
     try:
-        args.word_lists = dict(read_words(text) for text in args.words)
+        lists = [read_words(text) for text in args.words]
+        args.word_lists = dict(lists)
+        if len(args.word_lists) < len(lists):
+            raise ValueError("--words: two lists of one name")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -156,7 +160,7 @@ class Row:
     group: str  # videos of one procedure or patient, where the data says; else the video
 
 
-FRAME_FILES, ANIMATIONS = (".jpg", ".jpeg", ".png"), (".gif", ".webp", ".apng", *(".png", ".jpg", ".jpeg"))
+FRAME_FILES, VIDEO_FILES = (".jpg", ".jpeg", ".png"), (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
 FIELDS = {"id", "video", "conversations", "question", "answer", "question_type", "answer_candidates", "group"}
 
 
@@ -171,7 +175,7 @@ def read_file(data: Path, path: Path, split: str | None, args):
         try:
             listed = json.loads(path.read_text("utf-8"))
             entries = [(f"{path.name}[{i}]", dict(entry)) for i, entry in enumerate(listed)]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             yield Problem(path.name, None, f"not a JSON list of conversations ({error}); mend the file")
             return
         problems = [] if entries else [Problem(path.name, None, "the file holds no conversations")]
@@ -194,28 +198,41 @@ def turn_rows(data: Path, where: str, entry: dict, split: str | None, args):
         yield make_row(data, where, entry, split, args)
         return
     turns = entry["conversations"]
+    turns = turns if isinstance(turns, list) else [turns]
     roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"turns must alternate human, gpt; there are {roles}")
-    texts = [str(turn.get("value") or "") for turn in turns]
+    texts = [turn.get("value") for turn in turns]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a turn's value must be a text: {next(t for t in texts if not isinstance(t, str))!r}")
     if texts[0].count(VIDEO) != (entry.get("video") not in (None, "")):
         raise ValueError(f"the first turn must hold {VIDEO} once where the row names a video, and not otherwise")
     texts[0] = texts[0].replace(VIDEO, "")  # wherever it stands, the video goes first
     texts = [text.strip() for text in texts]
     for i in range(0, len(turns), 2):
         said = {"question": "\n".join(filter(None, texts[: i + 1])), "answer": texts[i + 1]}
-        several = {"id": f"{entry.get('id', where)}.{i // 2}"} if len(turns) > 2 else {}
-        yield make_row(data, where if i == 0 else f"{where} turn {i}", {**entry, **said, **several}, split, args)
+        if len(turns) > 2:  # in one group, because later turns tell what was said in the earlier ones
+            name = named(entry, "id", where)
+            said |= {"id": f"{name}.{i // 2}", "group": named(entry, "group", named(entry, "video", name))}
+        yield make_row(data, where if i == 0 else f"{where} turn {i}", {**entry, **said}, split, args)
+
+
+def named(entry: dict, field: str, otherwise):
+    """A field as text, or `otherwise` where it is missing or empty."""
+    return otherwise if entry.get(field) in (None, "") else str(entry[field])
 
 
 def make_row(data: Path, where: str, entry: dict, split: str | None, args) -> Row:
-    video = None if entry.get("video") in (None, "") else str(entry["video"])
+    for key, kinds in (("video", str), ("question", str), ("answer", (str, int, float))):
+        if entry.get(key) is not None and not isinstance(entry[key], kinds):
+            raise ValueError(f"{key} must be a text: {entry[key]!r}")
+    video, name = named(entry, "video", None), named(entry, "id", where)
     files, frames = find_video(data, video, args) if video else ([], None)
-    name = str(where if entry.get("id") in (None, "") else entry["id"])
-    group = str((video or name) if entry.get("group") in (None, "") else entry["group"])
+    group = named(entry, "group", video or name)
     # é is one character or two: composed, so that a word has one spelling
-    entry = {k: unicodedata.normalize("NFC", v) if isinstance(v, str) else v for k, v in entry.items()}
-    question = str(entry.get("question") or "").strip()
+    entry = json.loads(unicodedata.normalize("NFC", json.dumps(entry, ensure_ascii=False)))
+    json.dumps(entry, ensure_ascii=False).encode()  # raises where half a character, "\ud800", stands in it
+    question = (entry.get("question") or "").strip()
     plain = {"question": "none", "question_type": entry.get("question_type") or ("caption" if video else "text")}
     fields = common.question_fields(entry if question else {**entry, **plain}) | {"question": question}
     return Row(
@@ -241,9 +258,9 @@ def find_video(data: Path, video: str, args) -> tuple[list[str], int | None]:
     with suppress(OSError):  # a name too long for any file
         if (data / video).is_dir():
             names = [p.name for p in (data / video).iterdir() if not p.name.startswith(".")]
-            names.sort(key=lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)])
+            names.sort(key=lambda name: ([int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name))
             files, count = [f"{video}/{name}" for name in names], len(names)
-    known = FRAME_FILES if count is not None else (*ANIMATIONS, ".npy")
+    known = VIDEO_FILES if count is None else FRAME_FILES
     wrong = [name for name in files if not name.lower().endswith(known)]
     if wrong or not files:
         raise ValueError(f"{wrong[0] if wrong else video + ', an empty folder,'} is none of {', '.join(known)}")
@@ -286,7 +303,9 @@ def read_frames(data: Path, name: str, wanted: list[int] | None = None, largest:
             if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                 raise ValueError(f"colour mode {image.mode}; convert it to RGB")
             first = int(getattr(image, "default_image", False))  # of an APNG: what is shown where it cannot be played
-            count = getattr(image, "n_frames", 1) - first
+            count = (
+                1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1) - first
+            )  # MPO: one, twice seen
             for i in range(count) if wanted is None else wanted:
                 image.seek(first + i)
                 image.load()
@@ -375,16 +394,20 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
 def frame_size(processor) -> tuple[int, int]:
     """(height, width) of what the tower sees."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    if None in (size.get("height"), size.get("width")):
+        raise SystemExit("preprocessor_config.json: frames would differ in size; give it a crop, or a height and width")
     return size["height"], size["width"]
 
 
 def seen(processor, width: int, height: int) -> float:
     """The share of a frame of these proportions that is left after the crop: DINOv2's, of 16:9, is 43 %."""
-    if not getattr(processor, "do_center_crop", False) or "shortest_edge" not in processor.size:
+    if not getattr(processor, "do_center_crop", False):
         return 1.0
-    scale = processor.size["shortest_edge"] / min(width, height)
-    inside = [min(1.0, c / (scale * s)) for c, s in zip(frame_size(processor), (height, width), strict=True)]
-    return inside[0] * inside[1]
+    resized = processor.size.get("height"), processor.size.get("width")
+    if None in resized:
+        scale = processor.size["shortest_edge"] / min(width, height)
+        resized = scale * height, scale * width
+    return math.prod(min(1.0, c / s) for c, s in zip(frame_size(processor), resized, strict=True))
 
 
 def render(row: Row, text: Text) -> str:
@@ -398,7 +421,8 @@ def render(row: Row, text: Text) -> str:
 def refuse_tokens(row: Row, text: Text) -> None:
     """Raise ValueError where a text holds what the tokenizer would take for <video>, EOS or a sentinel."""
     for part in (row.question, row.answer, *(row.candidates or [])):
-        for token in (*common.SENTINELS, *text.tokenizer.get_added_vocab()):
+        special = [token.content for token in text.tokenizer.added_tokens_decoder.values() if token.special]
+        for token in (*common.SENTINELS, *special):
             if token in part:
                 raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
 
@@ -420,11 +444,13 @@ def prove_row(row: Row, text: Text, prefix: list[int], input_ids: list[int], lab
         raise ValueError(f"learned would be {decoded!r}, not {row.answer + text.tokenizer.eos_token!r}")
     if set(input_ids) & set(text.ids.values()):
         raise ValueError("a video token stands among the text")
-    longest = len(prefix) + len(input_ids) + text.settings.max_answer_tokens
+    given = next(i for i, label in enumerate(labels) if label != IGNORE)  # what it is answered from
+    possible = [len(branch) for branch, _ in candidate_branches(row, text)]
+    longest = len(prefix) + max(len(input_ids), given + text.settings.max_answer_tokens, *possible)
     if text.positions is not None and longest > text.positions:
         raise ValueError(
-            f"up to {longest} positions, {len(prefix)} of them its video's, and --max-answer-tokens; the language "
-            f"model has {text.positions}; lower --slow-frames, --slow-grid or --max-answer-tokens"
+            f"up to {longest} positions, {len(prefix)} of them its video's; the language model has {text.positions}; "
+            "lower --slow-frames, --slow-grid or --max-answer-tokens, or shorten the text"
         )
 
 
@@ -533,7 +559,8 @@ class VideoPlainLM(nn.Module):
         with torch.no_grad(), self.autocast():
             weights = next(tower.parameters())
             states = tower(video.pixels.to(weights.device, weights.dtype)).last_hidden_state
-        features = states[:, -math.prod(self.patches) :]  # without the class token (and registers) in front
+        # without the class token (and registers) in front; autocast leaves a norm's result in float32
+        features = states[:, -math.prod(self.patches) :].to(self.dtype)
         if video.cached_as:
             write_features(video.cached_as, features)
         return features
@@ -597,7 +624,10 @@ class VideoPlainLM(nn.Module):
     def forward(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         mask = common.visible(row["document"], row["branch"])
         hidden = self.hidden(row["input_ids"], row["position_ids"], mask, None, media=row)
-        return common.supervised_loss(hidden, self.lm_head, row["labels"])
+        loss, learned = common.supervised_loss(hidden, self.lm_head, row["labels"])
+        if torch.is_grad_enabled() and not loss.requires_grad:  # a text alone with --tune projector
+            loss = loss + 0 * self.vlm.projector[0].bias.sum()  # for backward to end at
+        return loss, learned
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -620,10 +650,19 @@ class Video:
         return len(self.features if self.pixels is None else self.pixels)
 
 
+def has_tower(folder: Path) -> bool:
+    """Was the model saved by this script? Then it has a tower, and a layout that it is bound to."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "vision_config" in config and "video_layout" not in config:
+        kind = config.get("model_type")
+        raise SystemExit(f"--model {folder}: {kind!r} is a vision-language model already; give a plain language model")
+    return "video_layout" in config
+
+
 def model_config(folder: Path, args):
     """The language model's configuration, with the tower's as vision_config; a saved model's layout is adopted."""
     config = AutoConfig.from_pretrained(folder)
-    saved = getattr(config, "vision_config", None)  # a dictionary, where this script saved it
+    saved = has_tower(folder)
     if saved and args.vision_model:
         raise SystemExit(f"--vision-model {args.vision_model}: {folder} already has a tower; leave the flag out")
     if not saved:
@@ -631,7 +670,7 @@ def model_config(folder: Path, args):
         if vision.model_type not in ("dinov2", "dinov2_with_registers"):
             raise SystemExit(f"--vision-model {args.vision_model}: model_type {vision.model_type!r}, not 'dinov2'")
         config.vision_config = vision.to_dict()
-    for name, value in (getattr(config, "video", None) or {}).items():
+    for name, value in (config.video_layout if saved else {}).items():
         if getattr(args, name) != value:
             print(f"{name} {value} (from {folder / 'config.json'})")
             setattr(args, name, value)
@@ -647,7 +686,7 @@ def graft(lm: nn.Module, config, tower: nn.Module, text: Text) -> None:
     lm.fast_packer = TokenPacker(width, patches, args.fast_grid, args.packer)
     lm.slow_packer = TokenPacker(width, patches, args.slow_grid, args.packer)
     lm.config.vision_config = vision
-    lm.config.video = {name: getattr(args, name) for name in LAYOUT}
+    lm.config.video_layout = {name: getattr(args, name) for name in LAYOUT}
 
 
 def grow(lm: nn.Module, rows: int) -> None:
@@ -688,14 +727,16 @@ def meta_model(folder: Path, args, text: Text) -> nn.Module:
 
 def load_model(folder: Path, args, text: Text, dtype) -> VideoPlainLM:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
-    saved = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = model_config(folder, args)
+    saved, config = has_tower(folder), model_config(folder, args)
     # what is trained is drawn, and loaded, in float32, as it is trained
     form = torch.float32 if args.tune == "full" else dtype
-    if args.from_scratch:
-        vlm = AutoModelForCausalLM.from_config(config, dtype=form, attn_implementation="sdpa")
-    else:
-        vlm = runtime.open_model(AutoModelForCausalLM, folder, config, form, OURS if saved else ())
+    try:
+        if args.from_scratch:
+            vlm = AutoModelForCausalLM.from_config(config, dtype=form, attn_implementation="sdpa")
+        else:
+            vlm = runtime.open_model(AutoModelForCausalLM, folder, config, form, OURS if saved else ())
+    except ValueError as error:  # no causal language model, or none whose attention takes a mask
+        raise SystemExit(f"--model {folder}: {error}") from None
     window = getattr(vlm.config.get_text_config(), "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
@@ -716,29 +757,43 @@ def load_model(folder: Path, args, text: Text, dtype) -> VideoPlainLM:
 
 @torch.no_grad()
 def verify_first_batch(model: VideoPlainLM, trees: list[Prompt], run) -> None:
-    """Before step 0: the video tokens of the real first batch, and that the language model heeds the visibility rule.
+    """Before step 0, with the first prompts: video tokens and features, and what is taken for granted of the LM.
 
-    Any causal language model is taken, so each is put to the test: a packed row must be read as its trees are alone.
+    Any causal language model may be given, so each is put to the test: a packed row must be read as each of its texts
+    is alone, and the logits must be those of the model's own forward.
     """
     model.eval()
-    shown = Counter()
+    trees = (trees * 2)[: max(2, min(4, len(trees)))]  # something must stand before and beside a text
 
-    def read(row: dict) -> torch.Tensor:
+    def read(trees: list[Prompt]) -> tuple[dict, torch.Tensor]:
+        [row] = common.pack(trees, sum(map(len, trees)))
+        row = to_device({**row, **run.read_media(row["prompts"])}, run.device)
         mask = common.visible(row["document"], row["branch"])
-        return model.hidden(row["input_ids"], row["position_ids"], mask, media=row)
+        return row, model.hidden(row["input_ids"], row["position_ids"], mask, media=row)[0]
 
-    for row in packed_rows(trees, run):
-        together, alone = read(row), []  # where video tokens and features differ in number, this raises
-        for tree in row["prompts"]:
-            [part] = packed_rows([tree], run)
-            alone.append(read(part))
-            shown[int(torch.isin(part["input_ids"], model.video_ids).sum())] += 1
-        apart = float((together - torch.cat(alone, dim=1)).norm() / together.norm())
-        if apart > 0.05:  # bfloat16 rounds to 0.004
-            text = f"what is packed before a text changes how it is read (by {apart:.1%})"
-            raise SystemExit(f"--model {run.args.model}: {text}: it does not heed attention_mask and position_ids")
-    counts = ", ".join(f"{n} in each of {prompts}" for n, prompts in sorted(shown.items()))
-    print(f"video tokens: {counts} prompts; packed texts are read as if alone — verified")
+    packed, together = read(trees)  # where video tokens and features differ in number, this raises
+    apart = 0.0
+    for number, tree in enumerate(packed["prompts"], start=1):
+        for i in range(len(tree.ids)):
+            _, alone = read([tree.part([i])])  # (tokens, width)
+            own = (packed["document"] == number) & ((packed["branch"] == 0) | (packed["branch"] == i + 1))
+            apart = max(apart, float((together[own[0]] - alone).norm() / alone.norm()))
+    if apart > 0.05:  # bfloat16 rounds to 0.004
+        text = f"what is packed beside a text changes how it is read (by {apart:.1%})"
+        raise SystemExit(f"--model {run.args.model}: {text}: it does not heed attention_mask and position_ids")
+    [text] = common.pack([Prompt([], trees[0].branches[:1], ["text"])], len(trees[0]))
+    text = to_device(text, run.device)
+    mask = common.visible(text["document"], text["branch"])
+    ours = model.lm_head(model.hidden(text["input_ids"], text["position_ids"], mask)).float()
+    with model.autocast():
+        theirs = model.vlm(input_ids=text["input_ids"], use_cache=False).logits.float()
+    if (ours - theirs).norm() > 0.05 * theirs.norm():
+        text = "its logits are more than its output embedding of the last hidden states, scaled or capped"
+        raise SystemExit(f"--model {run.args.model}: {text}, which is not supported")
+    ids = set(model.video_ids.tolist())
+    counts = Counter(sum(token in ids for token in tree.prefix + tree.branches[0][0]) for tree in trees)
+    shown = ", ".join(f"{n} in each of {prompts}" for n, prompts in sorted(counts.items()))
+    print(f"video tokens: {shown} prompts; packed texts are read as if alone — verified")
 
 
 def answer_limit(row: Row, args) -> int:
@@ -747,10 +802,13 @@ def answer_limit(row: Row, args) -> int:
 
 
 def score(prediction: str | None, row: Row) -> dict[str, bool]:
-    """exact: the same text, spaces aside. tolerant: as answers are compared elsewhere.
+    """exact, of a plain text: the same, spaces aside. tolerant: as answers are compared elsewhere, see score_answer.
 
-    That folds case and drops punctuation and English articles: "a" is one, but in Italian a word of its own.
+    That folds case and drops punctuation and English articles: "a" is one, but in Italian a word of its own. Where
+    something is asked, both are score_answer's.
     """
+    if row.question or row.candidates:
+        return common.score_answer(prediction, row.answer, row.question_type)
     tolerant = common.score_answer(prediction, row.answer, row.question_type)["exact"]
     said = unicodedata.normalize("NFC", prediction or "").split()
     return {"exact": said == row.answer.split(), "tolerant": tolerant}
@@ -786,19 +844,19 @@ def retrieval(model: VideoPlainLM, prompts: list[Prompt], run) -> dict:
     trees = [tree for tree in prompts if tree.media]
     random.Random(0).shuffle(trees)
     texts = [{tuple(labels) for _, labels in tree.branches} for tree in trees]
-    pairs = []
+    limit, pairs = run.text.positions or math.inf, []
     for i, tree in enumerate(trees):
-        others = (k % len(trees) for k in range(i + 1, i + len(trees)))
-        other = next((trees[k] for k in others if not texts[k] & texts[i]), None)
-        if other:
-            pairs.append((tree, replace(other, branches=tree.branches, ids=tree.ids)))
+        for k in (k % len(trees) for k in range(i + 1, i + len(trees))):
+            other = replace(trees[k], branches=tree.branches, ids=tree.ids)
+            longest = len(other.prefix) + max(len(input_ids) for input_ids, _ in other.branches)
+            if not texts[k] & texts[i] and longest <= limit:
+                pairs.append((tree, other))
+                break
     mine = pairs[runtime.rank() :: runtime.ranks()]
     with runtime.equal_passes(model.decoder, model.idle):
-        own, foreign = (
-            (log_probabilities(model, list(side), run) for side in zip(*mine, strict=True)) if mine else ({}, {})
-        )
-    counts = torch.tensor([sum(own[name] > foreign[name] for name in own), len(own)], dtype=torch.float64)
-    right, n = runtime.sum_over_ranks(counts).tolist()
+        own, foreign = (log_probabilities(model, [pair[side] for pair in mine], run) for side in (0, 1))
+    right = sum((own[name] > foreign[name]) + (own[name] == foreign[name]) / 2 for name in own)  # a tie is half
+    right, n = runtime.sum_over_ranks(torch.tensor([right, len(own)], dtype=torch.float64)).tolist()
     return {"retrieval": right / n if n else None, "pairs": int(n)}
 
 
@@ -813,7 +871,7 @@ def overlap(pairs: list[tuple[str, str]]) -> dict:
 
     class Words:  # rouge-score's own takes "più" for "pi": it knows the letters a to z alone
         def tokenize(self, text):
-            return common.normalise(text).split()
+            return re.findall(r"\w+", text.lower())
 
     scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
     rouge = sum(scorer.score(true, found)["rougeL"].fmeasure for found, true in pairs) / len(pairs)
@@ -834,6 +892,9 @@ def read_video(data: Path, text: Text, media: dict) -> Video:
         features = read_features(cached_as)
         if features is not None:
             return Video(media["fast"], media["slow"], None, features, cached_as)
+        changed = [name for name in files if runtime.file_sha256(runtime.inside(data, name)) != text.measured[name][1]]
+        if changed:
+            raise ValueError(f"{changed[0]} has changed since it was checked; start again")
     if len(files) == 1:
         frames = list(read_frames(data, files[0], media["frames"]))
     else:
@@ -878,8 +939,11 @@ def write_features(path: Path, features: torch.Tensor) -> None:
     with runtime.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{random.SystemRandom().getrandbits(64):016x}")
-        save_file({"features": features.cpu().contiguous()}, temporary)
-        temporary.replace(path)
+        try:
+            save_file({"features": features.cpu().contiguous()}, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1332,7 +1396,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
 
 def vision_folder(folder: Path, args, weights: bool) -> str | None:
     """The tower's own folder; None where the model was saved by this script and has one."""
-    if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if has_tower(folder):
         if args.from_scratch:
             raise SystemExit(f"--from-scratch: {folder} was trained by this script; draw from the original config.json")
         return args.vision_model  # refused by model_config
@@ -1340,7 +1404,9 @@ def vision_folder(folder: Path, args, weights: bool) -> str | None:
 
 
 def tower_fingerprint(folder: Path) -> str:
-    return runtime.model_fingerprint(folder, [folder / "config.json", *runtime.weight_files(folder)])[:12]
+    """Of its weights, and of how frames are prepared for it."""
+    small = [path for path in folder.glob("*config.json") if path.is_file()]
+    return runtime.model_fingerprint(folder, [*small, *runtime.weight_files(folder)])[:12]
 
 
 def main(argv=None) -> None:
@@ -1373,7 +1439,9 @@ def main(argv=None) -> None:
         args.vision_model = runtime.on_first_rank(lambda: vision_folder(folder, args, weights=not args.check))
         weights = tower_fingerprint(Path(args.vision_model)) if args.vision_model else None
         if checkpoint and args.vision_weights != weights:
-            raise SystemExit(f"--vision-model {args.vision_model}: {checkpoint} was trained with another tower")
+            raise SystemExit(
+                f"--vision-model {args.vision_model}: {checkpoint} was trained with another tower or image processor"
+            )
         args.vision_weights = weights
         text, faults = load_text(folder, args)
         if args.merge:
