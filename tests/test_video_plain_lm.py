@@ -30,6 +30,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -467,6 +469,13 @@ def test_a_language_model_that_scales_its_logits_is_refused(plain_folder, tmp_pa
     assert "scaled or capped, which is not supported" in text
 
 
+def test_a_window_of_attention_shorter_than_a_packed_row_is_refused(plain_folder, tmp_path):
+    torch.manual_seed(0)
+    folder = pretrained(plain_folder, tmp_path, MistralForCausalLM(MistralConfig(**WIDE, **ENDS, sliding_window=64)))
+    text = script_refused(folder, tmp_path / "run", *SMALL, *vision(folder), script=script)
+    assert "--pack-tokens 256 is longer than the model's sliding window 64" in text
+
+
 def test_a_vision_language_model_in_the_place_of_a_language_model_is_refused(copy, tmp_path):
     edit_json(copy / "model/config.json", vision_config={"depth": 3})
     assert "is a vision-language model already" in refused(copy, tmp_path, "--check")
@@ -685,6 +694,15 @@ def test_an_animation_among_the_frames_of_a_folder_is_refused_by_name(copy, tmp_
     refused(copy, tmp_path, *SMALL, "--check")
     [failure] = json.loads((tmp_path / "check.json").read_text())["failures"]
     assert "odd/v.png holds 5 frames; in a folder each file is one" in failure
+
+
+def test_colours_that_are_not_rgb_and_huge_frames_are_refused_by_name(tmp_path):
+    Image.new("CMYK", (8, 6)).save(tmp_path / "print.jpg")
+    with pytest.raises(ValueError, match=r"print.jpg cannot be read: colour mode CMYK; convert it"):
+        list(script.read_frames(tmp_path, "print.jpg"))
+    Image.new("RGB", (8, 6)).save(tmp_path / "v.gif")
+    with pytest.raises(ValueError, match=r"v.gif cannot be read: 8 x 6 pixels, more than 47; scale it down"):
+        list(script.read_frames(tmp_path, "v.gif", largest=47))
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
