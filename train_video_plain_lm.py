@@ -536,6 +536,21 @@ def windows(patches: int, grid: int) -> torch.Tensor:
     return (index >= starts[:, None]) & (index < ends[:, None])
 
 
+@dataclass
+class Video:
+    """A video of a row: its pixels, or the features that the tower has already found in them."""
+
+    fast: list[int]  # which of its frames are on the fast path
+    slow: list[int]
+    pixels: torch.Tensor | None  # (frames, 3, height, width)
+    features: torch.Tensor | None  # (frames, patches, width of the tower)
+    cached_as: Path | None
+
+    @property
+    def frames(self) -> int:
+        return len(self.features if self.pixels is None else self.pixels)
+
+
 class VideoPlainLM(nn.Module):
     """A language model with a video tower, whose forward takes a packed row and returns (loss sum, learned tokens)."""
 
@@ -548,7 +563,7 @@ class VideoPlainLM(nn.Module):
         ids = [text.ids[token] for token in VIDEO_TOKENS]
         self.register_buffer("video_ids", torch.tensor(ids), persistent=False)
 
-    def patch_features(self, video: "Video") -> torch.Tensor:
+    def patch_features(self, video: Video) -> torch.Tensor:
         """(frames, patches, width of the tower), from the cache, or by the tower, which then fills it.
 
         A video at a time: then the values do not depend on what else is in the row, and the cache changes nothing.
@@ -565,7 +580,7 @@ class VideoPlainLM(nn.Module):
             write_features(video.cached_as, features)
         return features
 
-    def video_features(self, videos: list["Video"]) -> torch.Tensor:
+    def video_features(self, videos: list[Video]) -> torch.Tensor:
         """All videos of a row -> (positions, width of the language model): of each the fast path, then the slow one."""
         features = torch.cat(
             [self.patch_features(video) for video in videos]
@@ -633,21 +648,6 @@ class VideoPlainLM(nn.Module):
         super().train(mode)
         self.vlm.vision_tower.eval()  # frozen: no dropout in it
         return self
-
-
-@dataclass
-class Video:
-    """A video of a row: its pixels, or the features that the tower has already found in them."""
-
-    fast: list[int]  # which of its frames are on the fast path
-    slow: list[int]
-    pixels: torch.Tensor | None  # (frames, 3, height, width)
-    features: torch.Tensor | None  # (frames, patches, width of the tower)
-    cached_as: Path | None
-
-    @property
-    def frames(self) -> int:
-        return len(self.features if self.pixels is None else self.pixels)
 
 
 def has_tower(folder: Path) -> bool:
