@@ -302,10 +302,9 @@ def read_frames(data: Path, name: str, wanted: list[int] | None = None, largest:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
             if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                 raise ValueError(f"colour mode {image.mode}; convert it to RGB")
-            first = int(getattr(image, "default_image", False))  # of an APNG: what is shown where it cannot be played
-            count = (
-                1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1) - first
-            )  # MPO: one, twice seen
+            # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
+            single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
+            count = 1 if single else getattr(image, "n_frames", 1) - first
             for i in range(count) if wanted is None else wanted:
                 image.seek(first + i)
                 image.load()
@@ -375,7 +374,8 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
         f"{args.slow_frames} frames x {args.slow_grid} x {args.slow_grid} = {slow}; {fast + slow} positions a video"
     )
     if not args.mask_video:
-        print("--no-mask-video: the video's tokens are learned, too. That is a mistake; val and test are masked")
+        text = "That is a mistake; val and test are masked. Of train, learned_tokens and longer_than_limit count them"
+        print(f"--no-mask-video: the video's tokens are learned, too. {text}")
     height, width = frame_size(processor)
     patch = config.vision_config["patch_size"]
     if height % patch or width % patch:
@@ -456,8 +456,9 @@ def prove_row(row: Row, text: Text, prefix: list[int], input_ids: list[int], lab
 
 def video_learned(prefix: list[int], input_ids: list[int], labels: list[int]):
     """The mistake of --no-mask-video: the video's tokens are learned, too. Nearly all of these labels are the same."""
-    everything = prefix + input_ids
-    return [], everything, [IGNORE, *prefix[1:], *labels]  # nothing stands before the first, to predict it from
+    if not prefix:
+        return prefix, input_ids, labels
+    return [], prefix + input_ids, [IGNORE, *prefix[1:], *labels]  # nothing stands before the first, to predict it from
 
 
 def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list[Problem]]:
@@ -477,7 +478,7 @@ def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list
         media = None
         if row.video:
             media = {"files": row.media, **dict(zip(("frames", "fast", "slow"), text.chosen(row), strict=True))}
-        if prefix and not args.mask_video and row.split == "train" and not args.eval_only:
+        if not args.mask_video and row.split == "train" and not args.eval_only:
             prefix, input_ids, labels = video_learned(prefix, input_ids, labels)
         tree = trees.setdefault(
             row.video if prefix and args.share_prefix else f"row {row.id}", Prompt(prefix, [], [], media)
@@ -727,7 +728,8 @@ def meta_model(folder: Path, args, text: Text) -> nn.Module:
 
 def load_model(folder: Path, args, text: Text, dtype) -> VideoPlainLM:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
-    saved, config = has_tower(folder), model_config(folder, args)
+    config = model_config(folder, args)
+    saved = hasattr(config, "video_layout")
     # what is trained is drawn, and loaded, in float32, as it is trained
     form = torch.float32 if args.tune == "full" else dtype
     try:
@@ -767,7 +769,10 @@ def verify_first_batch(model: VideoPlainLM, trees: list[Prompt], run) -> None:
 
     def read(trees: list[Prompt]) -> tuple[dict, torch.Tensor]:
         [row] = common.pack(trees, sum(map(len, trees)))
-        row = to_device({**row, **run.read_media(row["prompts"])}, run.device)
+        try:
+            row = to_device({**row, **run.read_media(row["prompts"])}, run.device)
+        except ValueError as error:
+            raise SystemExit(f"{error}. Mend the file and start again") from None
         mask = common.visible(row["document"], row["branch"])
         return row, model.hidden(row["input_ids"], row["position_ids"], mask, media=row)[0]
 
@@ -839,18 +844,19 @@ def said(text: str | None, words: list[str]) -> set[str]:
 def retrieval(model: VideoPlainLM, prompts: list[Prompt], run) -> dict:
     """How often a text is likelier with its own video than with another, whose texts differ: what no blind model can.
 
-    The other is the next one in an order drawn once. Pairwise, so that chance is a half whatever the data.
+    The other is the next such one in an order drawn once. Pairwise, so that chance is a half whatever the data.
     """
     trees = [tree for tree in prompts if tree.media]
     random.Random(0).shuffle(trees)
-    texts = [{tuple(labels) for _, labels in tree.branches} for tree in trees]
+    texts = defaultdict(set)  # video -> what is said of it
+    for tree in trees:
+        texts[tuple(tree.media["files"])] |= {tuple(x for x in labels if x != IGNORE) for _, labels in tree.branches}
     limit, pairs = run.text.positions or math.inf, []
     for i, tree in enumerate(trees):
-        for k in (k % len(trees) for k in range(i + 1, i + len(trees))):
-            other = replace(trees[k], branches=tree.branches, ids=tree.ids)
-            longest = len(other.prefix) + max(len(input_ids) for input_ids, _ in other.branches)
-            if not texts[k] & texts[i] and longest <= limit:
-                pairs.append((tree, other))
+        own, longest = texts[tuple(tree.media["files"])], max(len(input_ids) for input_ids, _ in tree.branches)
+        for other in (trees[k % len(trees)] for k in range(i + 1, i + min(100, len(trees)))):  # or it has none
+            if not own & texts[tuple(other.media["files"])] and len(other.prefix) + longest <= limit:
+                pairs.append((tree, replace(other, branches=tree.branches, ids=tree.ids)))
                 break
     mine = pairs[runtime.rank() :: runtime.ranks()]
     with runtime.equal_passes(model.decoder, model.idle):
@@ -892,13 +898,18 @@ def read_video(data: Path, text: Text, media: dict) -> Video:
         features = read_features(cached_as)
         if features is not None:
             return Video(media["fast"], media["slow"], None, features, cached_as)
-        changed = [name for name in files if runtime.file_sha256(runtime.inside(data, name)) != text.measured[name][1]]
+        try:
+            changed = [n for n in files if runtime.file_sha256(runtime.inside(data, n)) != text.measured[n][1]]
+        except OSError as error:
+            raise ValueError(f"{media['files'][0]} cannot be read: {error}") from None
         if changed:
             raise ValueError(f"{changed[0]} has changed since it was checked; start again")
     if len(files) == 1:
         frames = list(read_frames(data, files[0], media["frames"]))
     else:
         frames = [frame for name in files for frame in read_frames(data, name)]
+    if len(frames) != len(media["frames"]):
+        raise ValueError(f"{files[0]} has other frames than when it was checked; start again")
     pixels = text.processor(frames, return_tensors="pt")["pixel_values"]
     return Video(media["fast"], media["slow"], pixels, None, cached_as)
 
@@ -910,7 +921,8 @@ def read_video(data: Path, text: Text, media: dict) -> Video:
 
 def tower_digest(tower: nn.Module) -> str:
     """A digest of the tower's configuration and of every weight, in the format that it computes with."""
-    digest = hashlib.sha256(tower.config.to_json_string().encode())
+    config = {name: value for name, value in tower.config.to_dict().items() if name != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())

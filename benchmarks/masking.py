@@ -35,7 +35,7 @@ ARMS = {"masked": [], "not masked": ["--no-mask-video"], "no video": []}
 WORDS = "direction=destra,sinistra,all'insù,all'ingiù"
 
 
-def folder_for(demo: Path, target: Path, arm: str, vocabulary: int | None) -> Path:
+def folder_for(demo: Path, target: Path, arm: str, vocabulary: int | None) -> None:
     """A copy of the demo's model and data: with more words, or without the videos."""
     shutil.copytree(demo / "model", target / "model")
     if vocabulary:
@@ -49,7 +49,6 @@ def folder_for(demo: Path, target: Path, arm: str, vocabulary: int | None) -> Pa
                 row["conversations"][0]["value"] = ""
         (target / "data" / path.name).unlink()  # a hard link to the original
         (target / "data" / path.name).write_text(json.dumps(rows))
-    return target
 
 
 def flags_for(demo: Path, folder: Path, out: Path, args, steps: int, save_every: int) -> list[str]:
@@ -63,7 +62,7 @@ def flags_for(demo: Path, folder: Path, out: Path, args, steps: int, save_every:
 def probe(folder: Path, flags: list[str], checkpoints: list[Path], rows: int) -> list[dict]:
     """Of each checkpoint: mean loss of the captions' tokens and of the videos', and the gradient of each.
 
-    Both gradients are of what is summed into the mean over all 376 labels of a row, as without the mask.
+    Both gradients are of what is summed into the mean over all labels, the videos' included, as without the mask.
     """
     args = script.parse_arguments(flags)
     text, _ = script.load_text(folder / "model", args)
@@ -106,7 +105,6 @@ def probe(folder: Path, flags: list[str], checkpoints: list[Path], rows: int) ->
         entry |= {f"{kind}_loss": sums[kind] / counts[kind] for kind in sums}
         entry |= {f"{kind}_gradient": float(gradients[kind].norm()) for kind in sums}
         entry["text_share"] = sums["caption"] / (sums["caption"] + sums["video"])
-        entry["cosine"] = float(torch.cosine_similarity(gradients["caption"], gradients["video"], dim=0))
         entry["dilution"] = counts["caption"] / sum(counts.values())
         found.append(entry)
     return found
@@ -125,7 +123,7 @@ def train(demo: Path, work: Path, args, steps: int, every: int, vocabulary: int 
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         found[arm] = {"results": json.loads((folder / "run/results.json").read_text())}
         found[arm]["steps"] = [line for line in lines if "loss" in line]
-        if arm != "no video":
+        if arm != "no video" and not vocabulary:
             checkpoints = sorted((folder / "run/checkpoints").glob("step-*"))
             found[arm]["probes"] = probe(folder, flags, checkpoints, args.probe)
         shutil.rmtree(folder / "run/checkpoints")
@@ -183,7 +181,7 @@ def main() -> None:
     add("--demo", type=Path, default=Path("runs/demo/video_plain_lm"), help="(default: %(default)s)")
     add("--steps", type=int, default=1200, help="of each of the three (default: %(default)s)")
     add("--every", type=int, default=25, help="steps between probes (default: %(default)s)")
-    add("--probe", type=int, default=24, help="validation rows of a probe (default: %(default)s)")
+    add("--probe", type=int, default=24, help="validation rows of a probe, texts alone left out (default: %(default)s)")
     add("--lr", type=float, default=6e-4, help="(default: %(default)s)")
     add("--questions-per-step", type=int, default=8, help="(default: %(default)s)")
     add("--pack-tokens", type=int, default=400, help="one video a row (default: %(default)s)")

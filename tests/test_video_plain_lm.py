@@ -173,6 +173,13 @@ def test_the_mistake_is_one_flag_away_and_only_in_training(plain_folder):
     assert len(trees[0].prefix) == 360
 
 
+def test_the_check_of_the_mistake_begins_with_a_text_alone_if_the_data_does(copy, tmp_path):
+    rows = rows_of(copy, "train")
+    write_rows(copy, "train", sorted(rows, key=lambda row: "video" in row))
+    text = printed(lambda: run(copy, tmp_path, *LITTLE, "--no-mask-video", "--check"))
+    assert text.endswith("check passed\n") and "Of train, learned_tokens and longer_than_limit count them" in text
+
+
 @pytest.mark.parametrize("flags", [["--overfit", 4], ["--eval-split", "train"]])
 def test_the_mistake_is_not_combined_with_answering_what_was_trained(plain_folder, tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -646,7 +653,7 @@ def break_video(kind: str, data: Path) -> str:
         (data / "v.mp4").write_bytes(b"\0" * 100)
         return "v.mp4"
     if kind == "cut off":
-        path = data / save_as("gif", data / "cut", drawn())
+        save_as("gif", data / "cut", drawn())
         path = data / "cut/v.gif"
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
         return "cut/v.gif"
@@ -833,9 +840,13 @@ def test_accents_are_composed_so_that_a_word_has_one_spelling(copy):
     assert demo.rows[0].answer == demo.rows[1].answer == "Va all'insù."
 
 
-def test_a_text_alone_shows_nothing_that_could_be_shared(plain_folder, tmp_path):
-    text = printed(lambda: run(plain_folder, tmp_path, *SMALL, "--check"))
-    assert "val: 0 of " in text and ", 0 of which show nothing else" in text
+def test_a_text_alone_shows_nothing_that_could_be_shared(copy, tmp_path):
+    write_rows(copy, "val", [*rows_of(copy, "val"), next(row for row in rows_of(copy, "train") if "video" not in row)])
+    rows = rows_of(copy, "val")
+    write_rows(copy, "val", [*rows[:-1], {**rows[-1], "id": "alone"}])
+    run(copy, tmp_path, *SMALL, "--check")
+    found = json.loads((tmp_path / "check.json").read_text())["shared_with_earlier_splits"]["val"]
+    assert found["questions"] == 7 and found["questions_touched"] == found["questions_contained"] == 0
 
 
 def test_the_same_video_in_two_splits_is_refused(copy, tmp_path):
@@ -1071,7 +1082,7 @@ def test_texts_and_videos_train_the_language_model_alike_after_fifty_steps(plain
 # --- evaluation ------------------------------------------------------------------------------------------------
 
 
-def test_perplexity_and_retrieval_are_those_of_transformers_own_loss(little, tmp_path):
+def test_perplexity_and_retrieval_are_those_of_transformers_own_loss(little):
     model, rows = load(little), [row for row in little.rows if row.split == "test"]
     trees, _ = script.build_prompts(rows, little.text, little.args)
     run = SimpleNamespace(args=little.args, read_media=little.read_media, device=torch.device("cpu"), text=little.text)
@@ -1109,7 +1120,7 @@ def with_words(run, *lists):
     return run
 
 
-def test_a_model_that_does_not_see_the_video_is_at_chance_in_retrieval(little, tmp_path, monkeypatch):
+def test_a_model_that_does_not_see_the_video_is_at_chance_in_retrieval(little, monkeypatch):
     """With the same features for every video each comparison is a tie, which counts half."""
     model, rows = load(little), [row for row in little.rows if row.split != "train" and row.video]
     features = script.VideoPlainLM.video_features
@@ -1135,6 +1146,28 @@ def test_exact_is_the_text_itself_and_tolerant_as_answers_are_compared_elsewhere
     assert right("Va a destra, piu in fretta.") == right("") == right(None) == right("Va a destra") == (False, False)
     row.question = "Dove va?"  # an answer, not a text
     assert right("va a destra più in fretta") == (True, True)
+
+
+def test_words_are_counted_over_the_texts_that_say_one():
+    said = [("va verso destra", "Va verso destra."), ("va in su", "va verso destra"), (None, "va verso sinistra")]
+    said += [("destra e sinistra", "va verso destra"), ("va verso destra", "sta fermo")]  # the last says none
+    records = [{"prediction": prediction, "answer": answer} for prediction, answer in said]
+    run = SimpleNamespace(args=SimpleNamespace(word_lists=dict([script.read_words("where=destra,sinistra")])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "mean_loss", lambda *_: 1.0)
+        patch.setattr(script, "retrieval", lambda *_: {"retrieval": None, "pairs": 0})
+        figures = script.own_figures(None, [], records, run)
+    assert figures["words"] == {"where": {"n": 4, "right": 1 / 4}}
+
+
+def test_another_text_of_the_same_video_is_no_other_video(little):
+    """With --no-share-prefix a video has a tree for each text: compared with itself every text would be a tie."""
+    model, args = load(little), SimpleNamespace(**{**vars(little.args), "workers": 0})
+    run = SimpleNamespace(args=args, read_media=little.read_media, device=torch.device("cpu"), text=little.text)
+    first, second, third = [tree for tree in little.trees if tree.media][:3]
+    twice = [first, common.Prompt(first.prefix, second.branches, ["again"], first.media)]
+    assert script.retrieval(model, twice, run)["pairs"] == 0
+    assert script.retrieval(model, [*twice, third], run)["pairs"] == 3
 
 
 def test_listed_words_are_found_whole_with_accents_and_apostrophes():
@@ -1170,10 +1203,7 @@ def test_results_hold_what_is_said_of_captions(plain_folder, tmp_path):
     flags = [*SMALL, "--max-steps", 1, "--words", "direction=destra,sinistra,all'insù,all'ingiù"]
     text = printed(lambda: run(plain_folder, tmp_path, *flags))
     results = json.loads((tmp_path / "results.json").read_text())
-    records = read_lines(tmp_path / "predictions.jsonl")
-    _, words = script.read_words(flags[-1])
-    right = [script.said(r["prediction"], words) == script.said(r["answer"], words) for r in records]
-    assert results["words"] == {"direction": {"n": 6, "right": sum(right) / 6}}
+    assert results["words"]["direction"]["n"] == 6
     assert results["pairs"] == 6 and 0 <= results["retrieval"] <= 1
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
     assert f"perplexity {results['perplexity']:.3f}" in text and "likelier with its own video" in text
