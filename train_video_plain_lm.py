@@ -94,7 +94,12 @@ def parse_arguments(argv):
     add = parser.add_argument_group("videos").add_argument
     for path, frames, grid in (("fast", 4, 3), ("slow", 4, 9)):
         add(f"--{path}-frames", type=runtime.positive, default=frames, help=f"of the {path} path (default: {frames})")
-        add(f"--{path}-grid", type=runtime.positive, default=grid, help=f"{grid}: {grid} x {grid} positions a frame")
+        add(
+            f"--{path}-grid",
+            type=runtime.positive,
+            default=grid,
+            help=f"side of its grid (default: {grid}, {grid} x {grid} positions a frame)",
+        )
     add(
         "--packer",
         choices=["attention", "pool"],
@@ -346,8 +351,8 @@ class Text:
         if not row.video:
             return []
         _, fast, slow = self.chosen(row)
-        a = self.path(VID_START, len(fast) * self.settings.fast_grid**2, VID_END)
-        return a + self.path(SLOW_START, len(slow) * self.settings.slow_grid**2, SLOW_END)
+        fast_tokens = self.path(VID_START, len(fast) * self.settings.fast_grid**2, VID_END)
+        return fast_tokens + self.path(SLOW_START, len(slow) * self.settings.slow_grid**2, SLOW_END)
 
     def path(self, start: str, count: int, end: str) -> list[int]:
         """`count` positions, all of which carry features: those of the start and the end, too."""
@@ -420,8 +425,8 @@ def render(row: Row, text: Text) -> str:
 
 def refuse_tokens(row: Row, text: Text) -> None:
     """Raise ValueError where a text holds what the tokenizer would take for <video>, EOS or a sentinel."""
+    special = [token.content for token in text.tokenizer.added_tokens_decoder.values() if token.special]
     for part in (row.question, row.answer, *(row.candidates or [])):
-        special = [token.content for token in text.tokenizer.added_tokens_decoder.values() if token.special]
         for token in (*common.SENTINELS, *special):
             if token in part:
                 raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {part!r}")
@@ -480,9 +485,8 @@ def build_prompts(rows: list[Row], text: Text, args) -> tuple[list[Prompt], list
             media = {"files": row.media, **dict(zip(("frames", "fast", "slow"), text.chosen(row), strict=True))}
         if not args.mask_video and row.split == "train" and not args.eval_only:
             prefix, input_ids, labels = video_learned(prefix, input_ids, labels)
-        tree = trees.setdefault(
-            row.video if prefix and args.share_prefix else f"row {row.id}", Prompt(prefix, [], [], media)
-        )
+        name = row.video if prefix and args.share_prefix else f"row {row.id}"
+        tree = trees.setdefault(name, Prompt(prefix, [], [], media))
         tree.branches.append((input_ids, labels))
         tree.ids.append(row.id)
     return list(trees.values()), problems
@@ -583,13 +587,11 @@ class VideoPlainLM(nn.Module):
 
     def video_features(self, videos: list[Video]) -> torch.Tensor:
         """All videos of a row -> (positions, width of the language model): of each the fast path, then the slow one."""
-        features = torch.cat(
-            [self.patch_features(video) for video in videos]
-        )  # (frames of all, patches, tower's width)
+        # (frames of all videos, patches, width of the tower)
+        features = torch.cat([self.patch_features(video) for video in videos])
         with self.autocast():
-            patches = self.vlm.projector(features.to(self.dtype)).unflatten(
-                1, self.patches
-            )  # (frames, rows, columns, width)
+            # (frames, rows, columns, width of the language model)
+            patches = self.vlm.projector(features).unflatten(1, self.patches)
             fast, slow, before = [], [], 0
             for video in videos:
                 fast += [before + i for i in video.fast]
@@ -786,12 +788,12 @@ def verify_first_batch(model: VideoPlainLM, trees: list[Prompt], run) -> None:
     if apart > 0.05:  # bfloat16 rounds to 0.004
         text = f"what is packed beside a text changes how it is read (by {apart:.1%})"
         raise SystemExit(f"--model {run.args.model}: {text}: it does not heed attention_mask and position_ids")
-    [text] = common.pack([Prompt([], trees[0].branches[:1], ["text"])], len(trees[0]))
-    text = to_device(text, run.device)
-    mask = common.visible(text["document"], text["branch"])
-    ours = model.lm_head(model.hidden(text["input_ids"], text["position_ids"], mask)).float()
+    [plain] = common.pack([Prompt([], trees[0].branches[:1], ["a text"])], len(trees[0]))  # without a video
+    plain = to_device(plain, run.device)
+    mask = common.visible(plain["document"], plain["branch"])
+    ours = model.lm_head(model.hidden(plain["input_ids"], plain["position_ids"], mask)).float()
     with model.autocast():
-        theirs = model.vlm(input_ids=text["input_ids"], use_cache=False).logits.float()
+        theirs = model.vlm(input_ids=plain["input_ids"], use_cache=False).logits.float()
     if (ours - theirs).norm() > 0.05 * theirs.norm():
         text = "its logits are more than its output embedding of the last hidden states, scaled or capped"
         raise SystemExit(f"--model {run.args.model}: {text}, which is not supported")
@@ -854,7 +856,8 @@ def retrieval(model: VideoPlainLM, prompts: list[Prompt], run) -> dict:
     limit, pairs = run.text.positions or math.inf, []
     for i, tree in enumerate(trees):
         own, longest = texts[tuple(tree.media["files"])], max(len(input_ids) for input_ids, _ in tree.branches)
-        for other in (trees[k % len(trees)] for k in range(i + 1, i + min(100, len(trees)))):  # or it has none
+        # of the next hundred; a tree that none of them suits is left out
+        for other in (trees[k % len(trees)] for k in range(i + 1, i + min(100, len(trees)))):
             if not own & texts[tuple(other.media["files"])] and len(other.prefix) + longest <= limit:
                 pairs.append((tree, replace(other, branches=tree.branches, ids=tree.ids)))
                 break

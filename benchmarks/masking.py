@@ -94,16 +94,10 @@ def probe(folder: Path, flags: list[str], checkpoints: list[Path], rows: int) ->
                 loss, _ = model({**row, "labels": labels})
                 (loss / sum(counts.values())).backward()
                 sums[kind] += loss.item()
-            gradients[kind] = torch.cat(
-                [
-                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                    for p in model.parameters()
-                    if p.requires_grad
-                ]
-            )
+            gradients[kind] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         entry = {"step": int(checkpoint.name.split("-")[1])}
         entry |= {f"{kind}_loss": sums[kind] / counts[kind] for kind in sums}
-        entry |= {f"{kind}_gradient": float(gradients[kind].norm()) for kind in sums}
+        entry |= {f"{kind}_gradient": float(gradients[kind]) for kind in sums}
         entry["text_share"] = sums["caption"] / (sums["caption"] + sums["video"])
         entry["dilution"] = counts["caption"] / sum(counts.values())
         found.append(entry)
