@@ -17,6 +17,7 @@ import json
 import math
 import random
 import re
+import statistics
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -885,7 +886,12 @@ def normalise(text) -> str:
     Lower case, NFKC, no punctuation, no articles, number words as digits, spaces folded. Numbers keep what
     tells them apart: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
     """
-    text = unicodedata.normalize("NFKC", "" if text is None else str(text)).lower().translate(SAME_SIGN)
+    return _normalise("" if text is None else str(text))
+
+
+@functools.lru_cache(2**16)  # the same few answers are compared again and again
+def _normalise(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).lower().translate(SAME_SIGN)
     text = re.sub(rf"(?<!\S){ARTICLE}\s+(?=\S)", "", text)  # not "(a)" or a final "A": these are answers
     text = re.sub(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", lambda word: str(NUMBER_WORDS.index(word[0])), text)
     text = re.sub(r"(?<=[\dm])\s*-\s*(?=\d)", "-", text)
@@ -967,21 +973,82 @@ def score_answer(prediction, answer, type: str) -> dict[str, bool]:
     return {"exact": exact, "tolerant": tolerant}
 
 
-def majority_answers(answers: list[tuple[str, str]]) -> dict[str, str]:
-    """{question type: its most frequent training answer}: what a model that never sees an image can always say."""
-    counts = defaultdict(Counter)
-    for kind, answer in answers:
-        counts[kind][answer] += 1
-    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+def blind_answers(train: list[tuple], rows: list[tuple]) -> list[dict[str, str | None]]:
+    """For each row what can be said without seeing anything, {floor: answer}, from the training split alone.
+
+    `train` are (question type, question, its right answers), `rows` (question type, question). An answer is the most
+    frequent in training to questions of the same "type"; to the same "question", in these words; to the "nearest"
+    question, whose words, each weighted by how rare it is (idf), have the highest cosine. Where that was never asked,
+    or shares no word with any, it is the type's; None where training does not have the type.
+    """
+    by_type, by_question = defaultdict(Counter), defaultdict(Counter)
+    for kind, question, answers in train:
+        by_type[kind].update(answers)
+        by_question[normalise(question)].update(answers)
+    asked = {text: normalise(text) for _, text in rows}
+    nearest = _nearest(list(by_question), [text for text in set(asked.values()) if text not in by_question])
+    found = {}
+    for kind, question in set(rows):
+        of_type, same = by_type.get(kind, Counter()), by_question.get(asked[question])
+        similar = sum((by_question[text] for text in nearest.get(asked[question], [])), Counter())
+        counts = {"type": of_type, "question": same or of_type, "nearest": same or similar or of_type}
+        found[kind, question] = {name: max(c, key=c.get) if c else None for name, c in counts.items()}
+    return [found[row] for row in rows]
 
 
-def summarise(records: list[dict], majority: dict[str, str], resamples: int = 1000) -> dict:
+def _nearest(texts: list[str], unseen: list[str]) -> dict[str, list[str]]:
+    """{an unseen text: those of `texts` that are nearest to it, several where they are equally near, or none}"""
+    holding = defaultdict(list)  # word -> which texts it stands in
+    for i, text in enumerate(texts):
+        for word in set(text.split()):
+            holding[word].append(i)
+    idf = {word: 1 + math.log(len(texts) / len(where)) for word, where in holding.items()}
+    length = np.zeros(len(texts))
+    for word, where in holding.items():
+        length[where] += idf[word] ** 2
+    found = {}
+    for text in unseen:
+        shared = np.zeros(len(texts))  # the length of the unseen text divides all alike: it is left out
+        for word in set(text.split()) & holding.keys():
+            shared[holding[word]] += idf[word] ** 2
+        cosine = shared / np.sqrt(np.maximum(length, 1e-12))
+        best = cosine.max(initial=0.0)
+        found[text] = [texts[i] for i in np.flatnonzero(cosine >= best - 1e-9)] if best > 0 else []
+    return found
+
+
+def clustered_interval(values: list, groups: list, resamples: int = 2000) -> list[float] | None:
+    """The 95 % interval [low, high] of the mean of `values` (n,), by a bootstrap over whole groups.
+
+    The questions of one image or patient are not independent: resampled one by one they give an interval that is far
+    too narrow. None for a single group, which tells nothing about another. Where groups are few, plain percentiles are
+    too narrow as well; they are widened as a t interval is (Hesterberg 2015, "expanded percentile", section 4.4).
+    """
+    of = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    if len(of) < 2:
+        return None
+    index = np.array([of[group] for group in groups])
+    sums = np.bincount(index, np.asarray(values, dtype=float))  # (groups,)
+    sizes = np.bincount(index)
+    random, means = np.random.default_rng(0), []
+    for _ in range(0, resamples, 100):  # a few at a time: memory does not grow with their number
+        drawn = random.integers(len(of), size=(100, len(of)))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    normal, freedom = statistics.NormalDist(), len(of) - 1
+    z = normal.inv_cdf(0.975)
+    # Student's t from the normal quantile (Abramowitz & Stegun 26.7.5)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    tail = normal.cdf(-t * math.sqrt(len(of) / freedom))
+    return np.quantile(np.concatenate(means), [tail, 1 - tail]).tolist()
+
+
+def summarise(records: list[dict]) -> dict:
     """Accuracy of all records (micro), of each question type, and the types' mean (macro).
 
-    Every record counts, answered or not. Each entry has n, exact, tolerant, majority (the blind floor: always the
-    training majority of the type) and interval, 95 % of bootstrap resamples of whole groups, because the questions
-    of one image or patient are not independent; None for a single group, which tells nothing about another. A record
-    has question_type, answer, group, correct, tolerant, and where the answer has other forms also_right.
+    Every record counts, answered or not. A record has question_type, answer, group, correct, tolerant, where the
+    answer has other forms also_right, and floors: whether each of `blind_answers` is right. Each entry has n, groups,
+    exact, interval (see `clustered_interval`), tolerant, floors, and how far exact is above the best of these, with
+    the interval of that difference: of each record, right or not less floor right or not.
 
     A type whose questions all have the same `candidates` has label figures, too, see `_label_figures`.
     """
@@ -990,31 +1057,33 @@ def summarise(records: list[dict], majority: dict[str, str], resamples: int = 10
     kinds = defaultdict(list)
     for r in records:
         kinds[r["question_type"]].append(r)
-    results = {
-        kind: {**_accuracy(part, majority, resamples), **_label_figures(part)} for kind, part in sorted(kinds.items())
+    results = {kind: {**_accuracy(part), **_label_figures(part)} for kind, part in sorted(kinds.items())}
+    macro = {c: sum(entry[c] for entry in results.values()) / len(results) for c in ("exact", "tolerant")}
+    macro["floors"] = {
+        name: sum(entry["floors"][name] for entry in results.values()) / len(results) for name in records[0]["floors"]
     }
-    columns = ("exact", "tolerant", "majority")
-    macro = {c: sum(entry[c] for entry in results.values()) / len(results) for c in columns}
-    return {"types": results, "all": _accuracy(records, majority, resamples), "macro": macro}
+    return {"types": results, "all": _accuracy(records), "macro": macro}
 
 
-def _accuracy(records, majority, resamples) -> dict:
-    groups = defaultdict(lambda: [0, 0])  # group -> right, all
-    floor = 0
-    for r in records:
-        groups[r["group"]][0] += r["correct"]
-        groups[r["group"]][1] += 1
-        blind, right = majority.get(r["question_type"]), [r["answer"], *r.get("also_right", [])]
-        floor += any(score_answer(blind, form, r["question_type"])["exact"] for form in right)
-    counts = np.array(list(groups.values()))  # (groups, 2)
-    drawn = np.random.default_rng(0).integers(len(counts), size=(resamples, len(counts)))
-    right, n = counts[drawn].sum(axis=1).T  # each (resamples,)
-    return {
+def _accuracy(records) -> dict:
+    groups = [r["group"] for r in records]
+    right = np.array([r["correct"] for r in records], dtype=float)
+    floors = {name: np.array([r["floors"][name] for r in records], dtype=float) for name in records[0]["floors"]}
+    entry = {
         "n": len(records),
-        "exact": sum(r["correct"] for r in records) / len(records),
+        "groups": len(set(groups)),
+        "exact": float(right.mean()),
+        "interval": clustered_interval(right, groups),
         "tolerant": sum(r["tolerant"] for r in records) / len(records),
-        "majority": floor / len(records),
-        "interval": np.quantile(right / n, [0.025, 0.975]).tolist() if len(groups) > 1 else None,
+        "floors": {name: float(floor.mean()) for name, floor in floors.items()},
+    }
+    best = max(floors, key=lambda name: floors[name].mean()) if floors else None
+    above = right - floors[best] if floors else None
+    return {
+        **entry,
+        "best_floor": best,
+        "above_floor": float(above.mean()) if floors else None,
+        "above_floor_interval": clustered_interval(above, groups) if floors else None,
     }
 
 
@@ -1028,7 +1097,7 @@ def _label_figures(records) -> dict:
     labels = records[0].get("candidates")
     if not labels or len(labels) < 2 or any(r.get("candidates") != labels for r in records):
         return {}
-    true = [_true_candidate(r) for r in records]  # None, a class of its own, where no candidate is right
+    true = [true_candidate(r) for r in records]  # None, a class of its own, where no candidate is right
     answered = {label: [r["correct"] for r, t in zip(records, true, strict=True) if t == label] for label in true}
     shares = [np.mean(right) for right in answered.values()]
     figures = {"balanced": float(np.mean(shares)) if len(shares) > 1 else None}
@@ -1041,7 +1110,8 @@ def _label_figures(records) -> dict:
     return figures
 
 
-def _true_candidate(record) -> str | None:
+def true_candidate(record: dict) -> str | None:
+    """The candidate of a record that is right, None where none is."""
     forms = [record["answer"], *record.get("also_right", [])]
     kind = record["question_type"]
     right = (c for c in record["candidates"] if any(c == f or score_answer(c, f, kind)["exact"] for f in forms))
@@ -1061,18 +1131,29 @@ def auroc(scores: list[float], positive: list[bool]) -> float | None:
 def results_table(results: dict) -> str:
     """The summary as text: a line a question type, then all questions; label figures where a type has them."""
     width = max(16, 1 + max(map(len, results["types"])))
+    floors = list(results["macro"]["floors"])
     extra = [c for c in ("balanced", "scored", "auroc") if any(c in r for r in results["types"].values())]
-    lines = [f"{'question type':<{width}}{'n':>7}{'exact':>9}{'tolerant':>10}{'majority':>10}{'95 % interval':>18}"]
-    lines[0] += "".join(f"{column:>10}" for column in extra)
+
+    def share(value, sign="") -> str:
+        return "–" if value is None else f"{value:{sign}.1%}"
+
+    def interval(ends, sign="") -> str:
+        return " – ".join(share(end, sign) for end in ends) if ends else "one group"
+
+    above = f"{'above best':>12}{'95 % interval':>17}" if floors else ""
+    lines = [f"{'':<{width + 6 + 8 + 16 + 10}}{'blind floors, by':>{10 * len(floors)}}"] if floors else []
+    lines += [f"{'question type':<{width}}{'n':>6}{'exact':>8}{'95 % interval':>16}{'tolerant':>10}"]
+    lines[-1] += "".join(f"{name:>10}" for name in floors) + above + "".join(f"{column:>10}" for column in extra)
     for kind, r in [*results["types"].items(), ("all", results["all"])]:
-        interval = "{:.1%} – {:.1%}".format(*r["interval"]) if r["interval"] else "one group"
-        line = f"{kind:<{width}}{r['n']:>7}{r['exact']:>9.1%}{r['tolerant']:>10.1%}{r['majority']:>10.1%}{interval:>18}"
+        line = f"{kind:<{width}}{r['n']:>6}{share(r['exact']):>8}{interval(r['interval']):>16}"
+        line += f"{share(r['tolerant']):>10}" + "".join(f"{share(r['floors'][name]):>10}" for name in floors)
+        if floors:
+            line += f"{share(r['above_floor'], '+'):>12}{interval(r['above_floor_interval'], '+'):>17}"
         for column in extra if r is not results["all"] else []:
             value = r.get(column)
-            line += f"{'–' if value is None else f'{value:.3f}' if column == 'auroc' else f'{value:.1%}':>10}"
+            line += f"{f'{value:.3f}' if column == 'auroc' and value is not None else share(value):>10}"
         lines.append(line)
     macro = results["macro"]
-    lines.append(
-        f"{'mean of types':<{width + 7}}{macro['exact']:>9.1%}{macro['tolerant']:>10.1%}{macro['majority']:>10.1%}"
-    )
+    line = f"{'mean of types':<{width + 6}}{share(macro['exact']):>8}{'':>16}{share(macro['tolerant']):>10}"
+    lines.append(line + "".join(f"{share(macro['floors'][name]):>10}" for name in floors))
     return "\n".join(lines)

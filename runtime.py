@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def shared_flags(doc: str, tunings: dict[str, str] | None = None, **defaults) ->
     )
     add("--grad-checkpoint", action=yes_no, default=False, help="recompute activations: less memory, slower")
     add("--compile", action=yes_no, default=False, help="torch.compile the language model")
+    add(
+        "--tensorboard",
+        action=yes_no,
+        default=False,
+        help="write metrics for TensorBoard as well, into RUN/tensorboard",
+    )
+    add("--wandb", metavar="PROJECT", help="send metrics to Weights & Biases as well")
 
     add = parser.add_argument_group("saving and going on").add_argument
     add("--save-every", type=positive, default=200, help="steps between checkpoints (default: %(default)s)")
@@ -148,6 +156,12 @@ def shared_flags(doc: str, tunings: dict[str, str] | None = None, **defaults) ->
         "besides (default: %(default)s)",
     )
     add("--max-answer-tokens", type=positive, default=64, help="most tokens of a free answer (default: %(default)s)")
+    add(
+        "--blind",
+        choices=["blank", "shuffled"],
+        help="with --eval-only: answer with nothing to see, or with another group's media; into RUN/blind",
+    )
+    add("--report", action=yes_no, default=True, help="write RUN/report/report.html after answering")
 
     add = parser.add_argument_group("modes instead of training").add_argument
     add("--check", action="store_true", help="prove the data, write check.json, exit")
@@ -169,6 +183,11 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} required")
+    if args.blind and not args.eval_only:
+        parser.error("--blind is for --eval-only")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and find_spec(package) is None:
+            parser.error(f"--{package} needs a package: pip install {package}")
     if args.overfit:
         args.resume, args.epochs, args.max_steps = "none", args.overfit_steps, args.overfit_steps
         args.out = f"{args.out}/overfit"
@@ -919,7 +938,7 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict, dict]
     A row has where, id, split, group and media, a list of names; where some of these may be in two splits, such as
     the recording of a question, `shown` lists the others; where it belongs to several groups, `groups` does.
     measure(folder, name) opens a file completely and returns what its tokens are counted from, JSON-like. Returned
-    are the faults, {name: what it measured}, and `overlaps`.
+    are the faults, {name: what it measured}, and {name: sha256} of what could be read.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.media))
 
@@ -946,7 +965,7 @@ def check_media(folder: Path, rows, measure) -> tuple[list[Problem], dict, dict]
         if broken:
             problems.append(Problem(row.where, row.id, "; ".join(broken)))
     digests = {name: found[2] for name, found in seen.items() if not found[0]}
-    return problems, {name: found[1] for name, found in seen.items()}, overlaps(rows, digests)
+    return problems, {name: found[1] for name, found in seen.items()}, digests
 
 
 def shown(row) -> list[str]:
@@ -957,7 +976,7 @@ def shown(row) -> list[str]:
 def overlaps(rows, digests: dict[str, str]) -> dict[str, dict]:
     """For val and test: how many files, by their content, are in earlier splits too, and whose questions these are.
 
-    `questions_touched` show at least one such file, `questions_contained` nothing else. Printed, too.
+    `questions_touched` show at least one such file, `questions_contained` nothing else.
     """
     found, earlier = {}, set()
     for split in ("train", "val", "test"):
@@ -969,10 +988,15 @@ def overlaps(rows, digests: dict[str, str]) -> dict[str, dict]:
             contained = sum(bool(p) and p <= shared for p in part)  # a text alone shows nothing
             found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}
             found[split] |= {"questions_touched": touched, "questions_contained": contained}
-            text = f"{split}: {len(shared)} of {len(files)} files shown are in earlier splits too"
-            print(f"{text}, in {touched} of {len(part)} questions, {contained} of which show nothing else")
         earlier |= files
     return found
+
+
+def print_overlaps(found: dict[str, dict]) -> None:
+    for split, n in found.items():
+        text = f"{split}: {n['shared']} of {n['shown']} files shown are in earlier splits too, in "
+        text += f"{n['questions_touched']} of {n['questions']} questions, "
+        print(f"{text}{n['questions_contained']} of which show nothing else")
 
 
 def file_sha256(path: Path) -> str:
@@ -1171,14 +1195,14 @@ def model_fingerprint(folder: Path, files: list[Path] | None = None) -> str:
 
 def write_json(path: Path, value) -> None:
     """Replace a JSON file whole, never in place; on the first rank only."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     if rank() == 0:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -1188,14 +1212,15 @@ def _replace(path: Path, text: str) -> None:
             temporary.replace(path)
 
 
-def describe_run(args: argparse.Namespace, argv: list[str]) -> dict:
-    """What config.json records: settings, command, versions, commit."""
+def describe_run(script: str, args: argparse.Namespace, argv: list[str]) -> dict:
+    """What config.json records: command, settings, versions, commit."""
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     modules = (torch, transformers, safetensors, numpy)
     return {
-        "settings": vars(args),
+        "script": Path(script).name,
         "argv": argv,
+        "settings": vars(args),
         "versions": {"python": platform.python_version(), **{m.__name__: str(m.__version__) for m in modules}},
         "git_commit": git.stdout.strip() or None,
     }
@@ -1218,16 +1243,26 @@ def report_check(path: Path, report: dict, fatal: list[Problem], faults: list[Pr
         raise SystemExit(text if rank() == 0 else 1)
 
 
-def print_row(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int], media: list) -> None:
-    """A row as the model sees it: green learned, grey masked, blue the placeholders, those whose IDs are in `media`."""
-    shown = []
+def row_tokens(tokenizer, prefix: list[int], input_ids: list[int], labels: list[int], media: list) -> list[tuple]:
+    """A row as the model sees it: (text, "media", "masked" or "learned", how many tokens).
+
+    Media are the placeholders, whose IDs are in `media`; of the prefix, all that stands between them is one text.
+    """
+    found = []
     for placeholder, run in groupby(prefix, lambda token: token if token in media else None):
         tokens = list(run)
-        named = f"{len(tokens)} x {tokenizer.convert_ids_to_tokens(placeholder)}" if placeholder is not None else None
-        shown.append(f"\033[34m[{named}]\033[0m" if named else f"\033[90m{tokenizer.decode(tokens)}\033[0m")
-    for piece, label in zip(tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True):
-        shown.append(f"\033[{90 if label < 0 else 32}m{piece}\033[0m")
-    print(f"row {name}, learned green, masked grey, media blue:\n{' '.join(shown)}")
+        name = tokenizer.decode(tokens) if placeholder is None else tokenizer.convert_ids_to_tokens(placeholder)
+        found.append((name, "masked" if placeholder is None else "media", len(tokens)))
+    pieces = zip(tokenizer.convert_ids_to_tokens(input_ids), labels, strict=True)
+    return found + [(piece, "masked" if label < 0 else "learned", 1) for piece, label in pieces]
+
+
+def print_row(id: str, tokens: list[tuple]) -> None:
+    """What row_tokens gives, in colours: green learned, grey masked, blue media."""
+    colours = {"learned": 32, "masked": 90, "media": 34}
+    texts = [(f"[{count} x {text}]" if kind == "media" else text, colours[kind]) for text, kind, count in tokens]
+    shown = " ".join(f"\033[{colour}m{text}\033[0m" for text, colour in texts)
+    print(f"row {id}, learned green, masked grey, media blue:\n{shown}")
 
 
 def print_learned(tokenizer, name: str, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
@@ -1300,13 +1335,35 @@ def progress(iterable=None, **settings) -> tqdm:
     return tqdm(iterable, dynamic_ncols=True, disable=not sys.stderr.isatty() or rank() > 0, **settings)
 
 
+def _tensorboard(run: Path, step: int, args: argparse.Namespace) -> tuple | None:
+    """(log(numbers, step), close) where --tensorboard asks for it. What was logged after `step` is taken back."""
+    if not args.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+    return lambda numbers, at: [writer.add_scalar(name, n, at) for name, n in numbers.items()], writer.close
+
+
+def _wandb(run: Path, step: int, args: argparse.Namespace) -> tuple | None:
+    """The same for --wandb PROJECT: a run of the same name goes on where this one is started again."""
+    if not args.wandb:
+        return None
+    import wandb
+
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    board = wandb.init(project=args.wandb, name=str(run), id=name, resume="allow", dir=run, config=vars(args))
+    return lambda numbers, at: board.log(numbers, step=at), board.finish
+
+
 class Metrics:
     """metrics.jsonl, a line a step, and a progress bar (a plain line every ten seconds where there is no terminal).
 
-    bad_steps.jsonl has a line for each step whose loss or gradient was not finite. The first rank writes.
+    bad_steps.jsonl has a line for each step whose loss or gradient was not finite. The first rank writes. What
+    --tensorboard and --wandb name gets the numbers of each line, too.
     """
 
-    def __init__(self, run: Path, step: int, total: int):
+    def __init__(self, run: Path, step: int, total: int, args: argparse.Namespace):
         kept, self.bad_steps = _lines_up_to(run / "metrics.jsonl", step), run / "bad_steps.jsonl"
         self.validated = gather(max((entry["step"] for entry in kept if "val_loss" in entry), default=0))[0]
         write_jsonl(run / "metrics.jsonl", kept)
@@ -1317,6 +1374,8 @@ class Metrics:
         self.total, self.first, self.begun, self.printed = total, step, time.monotonic(), 0.0
         bar = progress(total=total, initial=step, unit="step")
         self.bar = None if bar.disable else bar
+        self.boards = [open_board(run, step, args) for open_board in (_tensorboard, _wandb)] if rank() == 0 else []
+        self.boards = [board for board in self.boards if board]
 
     def write(self, **values) -> None:
         if rank() > 0:
@@ -1325,6 +1384,9 @@ class Metrics:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         step = values["step"]
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+        for log, _ in self.boards:
+            log(numbers, step)
         if "loss" not in values:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
             self.say(f"step {step:05d} | {shown}")
@@ -1358,5 +1420,7 @@ class Metrics:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+        for _, close in self.boards:
+            close()
         if self.bar is not None:
             self.bar.close()

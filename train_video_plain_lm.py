@@ -61,6 +61,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import common
 import runtime
 from common import IGNORE, Prompt
+from report import audit_scorer, data_gate, print_audit, print_gate, write_report
 from runtime import Problem
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,6 +123,8 @@ def parse_arguments(argv):
     )
     parser.set_defaults(vision_weights=None)
     args = runtime.parse_flags(parser, argv)
+    if args.blind == "blank":
+        args.cache_features = None  # there the videos are not blank
     if args.from_scratch and args.tune != "full":
         parser.error(f"--from-scratch with --tune {args.tune}: a random language model would stay random")
     if not args.mask_video and (args.overfit or args.eval_split == "train"):
@@ -338,6 +341,10 @@ class Text:
     measured: dict = field(default_factory=dict)  # file -> [frames, sha256], once all are opened
     branches: dict = field(default_factory=dict)  # what candidate_branches has encoded
     tower: str = ""  # a digest of the tower's weights and configuration, once it is loaded
+
+    @property
+    def media_ids(self) -> list[int]:
+        return list(self.ids.values())
 
     def chosen(self, row: Row) -> tuple[list[int], list[int], list[int]]:
         """See choose_frames. Raises ValueError where a frame of a folder is itself an animation."""
@@ -889,6 +896,21 @@ def overlap(pairs: list[tuple[str, str]]) -> dict:
     return {"bleu": bleu, "rouge_l": rouge}
 
 
+def media_kind(row: Row) -> tuple:
+    """Rows that agree in this can be asked about each other's media."""
+    return ()
+
+
+def show(row: Row, other: Row) -> Row:
+    """The row, asked about the other's video."""
+    return replace(row, video=other.video, media=other.media, frames=other.frames)
+
+
+def blank(media: dict) -> dict:
+    """What read_images gives, with nothing to see in it: all pixels 0, which is the processor's mean colour."""
+    return {"videos": [replace(video, pixels=torch.zeros_like(video.pixels)) for video in media["videos"]]}
+
+
 def read_images(data: Path, text: Text, prompts: list[Prompt]) -> dict:
     """{"videos": a Video for each prompt tree that shows one, in the order of the row}"""
     return {"videos": [read_video(data, text, prompt.media) for prompt in prompts if prompt.media]}
@@ -1030,7 +1052,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
     args, device, rank = run.args, run.device, runtime.rank()
     parameters = [p for p in model.parameters() if p.requires_grad]
     steps = Steps(plan[start:], args.pack_tokens, run.read_media, rank, runtime.ranks())
-    metrics = runtime.Metrics(run.folder, start, len(plan))
+    metrics = runtime.Metrics(run.folder, start, len(plan), args)
     if validate and metrics.validated < start and (start == len(plan) or start % args.eval_every == 0):
         metrics.write(step=start, val_loss=validate())  # the run was stopped before it came to that
     model.train()
@@ -1085,6 +1107,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
         bad = 0 if finite else bad + 1
         if bad == 3:
             metrics.say(f"three such steps in a row: stopped; replay them with --only-ids {metrics.bad_steps}")
+            metrics.close()
             runtime.end_ranks()
             raise SystemExit(runtime.EXIT_NOT_FINITE)
         # ---- save first, then evaluate: a crash there must not cost the steps ----
@@ -1098,6 +1121,7 @@ def train(model, optimizer, plan, start: int, validate, save, run: Run) -> float
             signalled = run.stop.received or "a signal to another rank"
             again = "the same command" if args.resume == "auto" else "the same command with --resume auto"
             metrics.say(f"stopped by {signalled} after step {step}; {again} goes on from there")
+            metrics.close()
             runtime.end_ranks()
             raise SystemExit(runtime.EXIT_STOPPED)
         if due:
@@ -1129,8 +1153,10 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     if args.sentinels == "keep" and args.decode != "free":
         raise SystemExit("--sentinels keep: where an answer ends is not learned there; only --decode free is possible")
     rows, faults = read_data(data, args)
-    found, text.measured, shared = runtime.check_media(data, rows, measure)
+    found, text.measured, digests = runtime.check_media(data, rows, measure)
     faults += found
+    shared = runtime.overlaps(rows, digests)
+    runtime.print_overlaps(shared)
     splits, trees, counts = {}, {}, {}
     for split in ("train", "val", "test"):
         bad = {p.where for p in faults}
@@ -1151,10 +1177,25 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
     for tree in (trees["train"] or trees[args.eval_split])[:5]:
         runtime.print_learned(text.tokenizer, tree.ids[0], tree.prefix, *tree.branches[0])
-    report = {"splits": counts, "shared_with_earlier_splits": shared, **text.report}
-    runtime.report_check(Path(args.out) / "check.json", report, fatal, faults, args.skip_bad)
-    if not (args.eval_only or args.check or splits["train"]):
+    proof = {"splits": counts, "shared_with_earlier_splits": shared, **text.report}
+    first = next((tree for part in trees.values() for tree in part), None)
+    if first:
+        tokens = runtime.row_tokens(text.tokenizer, first.prefix, *first.branches[0], text.media_ids)
+        proof |= {"row": {"id": first.ids[0], "tokens": tokens}}
+    proof |= {"scorer": audit_scorer(lambda prediction, row: score(prediction, row)["exact"], rows)}
+    print_audit(proof["scorer"])
+    fatal = fatal + [Problem("scorer", None, text) for text in proof["scorer"]["failures"]]
+    if args.check:
+        proof |= {"gate": runtime.on_first_rank(lambda: data_gate(data, rows, digests))}
+        print_gate(proof["gate"])
+    runtime.report_check(Path(args.out) / "check.json", proof, fatal, faults, args.skip_bad)
+    if not (splits["train"] or args.eval_only or args.check):
         raise SystemExit(f"--data {data}: no training rows")
+    if args.check:
+        if not first:
+            raise SystemExit("no row is left")
+        runtime.print_row(**proof["row"])
+        print("check passed")
     return splits, trees
 
 
@@ -1292,25 +1333,28 @@ def log_probabilities(model, prompts: list[Prompt], run: Run) -> dict:
 
 
 def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row], run: Run) -> dict:
-    """Answer, score, write predictions.jsonl and results.json, print the table."""
+    """Answer, score, write predictions.jsonl, results.json and the report, print the table."""
+    if run.args.blind:
+        prompts, rows, run = blinded(prompts, rows, run)
     begun, found = time.monotonic(), {}
     with runtime.equal_passes(model.decoder, model.idle):
         mine = answer(model, prompts[runtime.rank() :: runtime.ranks()], {row.id: row for row in rows}, run)
     for part in runtime.gather(mine):
         found.update(part)
     seconds = time.monotonic() - begun
+    training = [(row.question_type, row.question, [row.answer, *other_forms(row)]) for row in train_rows]
+    blind = common.blind_answers(training, [(row.question_type, row.question) for row in rows])
     records = []
-    for row in rows:  # every row, answered or not
+    for row, said in zip(rows, blind, strict=True):  # every row, answered or not
         answered = found.get(row.id, {"prediction": None})
         scored = score(answered["prediction"], row)
         known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
         known |= {"question": row.question, "answer": row.answer, **answered}
         known |= {"candidates": row.candidates} if row.candidates else {}
         known |= {"also_right": other_forms(row)} if other_forms(row) else {}
-        records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
-    forms = [(row.question_type, form) for row in train_rows for form in (row.answer, *other_forms(row))]
-    majority = common.majority_answers(forms)
-    results = common.summarise(records, majority)
+        floors = {name: score(text, row)["exact"] for name, text in said.items()}
+        records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"], "floors": floors})
+    results = common.summarise(records)
     cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
     results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
     results |= {"questions_per_s": len(rows) / seconds}
@@ -1322,7 +1366,49 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
         f"answered {len(rows)} questions in {seconds:.1f} s, {cut} cut off before EOS, listed in "
         f"{run.folder / 'predictions.jsonl'}"
     )
+    if run.args.report and not run.args.blind:
+        runtime.on_first_rank(lambda: write_report(run.folder))
     return results
+
+
+def blinded(prompts: list[Prompt], rows: list[Row], run: Run):
+    """What `evaluate` needs to answer without seeing, for a folder of its own: RUN/blind/blank or RUN/blind/shuffled.
+
+    blank: the same questions, and nothing to see in their media. shuffled: each with the media of another group.
+    """
+    mode = run.args.blind
+    run = replace(run, folder=run.folder / "blind" / mode)
+    if mode == "blank":
+        return prompts, rows, replace(run, read_media=lambda trees: blank(run.read_media(trees)))
+    rows = exchange(rows)
+    prompts, problems = build_prompts(rows, run.text, run.args)
+    if problems:
+        raise SystemExit("\n".join(map(str, problems)))
+    return prompts, rows, run
+
+
+def exchange(rows: list[Row]) -> list[Row]:
+    """Each row with the media of another: of another group, unless one group has more than half of them.
+
+    Within each kind (`media_kind`) media are put in order of their groups and passed on by as many places as the
+    largest group has. Rows that share theirs get the same others: an image is still read once for all its questions.
+    """
+    kinds = defaultdict(dict)  # kind -> media -> a row that shows them
+    for row in rows:
+        if runtime.shown(row):  # a text alone stays one
+            kinds[media_kind(row)].setdefault(tuple(runtime.shown(row)), row)
+    other = {}
+    for by_media in kinds.values():
+        owners = list(by_media.values())
+        if len(owners) == 1:
+            raise SystemExit(f"--blind shuffled: nothing else of its kind to show {owners[0].id} ({owners[0].where})")
+        sizes = Counter(row.group for row in owners)
+        order = random.Random(0).sample(list(sizes), len(sizes))
+        owners.sort(key=lambda row: order.index(row.group))
+        places = max(sizes.values()) % len(owners) or 1
+        moved = owners[places:] + owners[:places]
+        other |= {tuple(runtime.shown(row)): new for row, new in zip(owners, moved, strict=True)}
+    return [show(row, other[tuple(runtime.shown(row))]) if runtime.shown(row) else row for row in rows]
 
 
 def other_forms(row: Row) -> list[str]:
@@ -1365,7 +1451,7 @@ def train_and_answer(folder: Path, splits: dict, trees: dict, dtype, argv, run: 
     if start:
         runtime.load_optimizer(checkpoint / "optimizer.safetensors", optimizer, trained)
     if not start or args.resume_anyway:
-        runtime.write_json(run.folder / "config.json", {**runtime.describe_run(args, argv), "same": same})
+        runtime.write_json(run.folder / "config.json", {**runtime.describe_run(__file__, args, argv), "same": same})
 
     def save(step):
         weights = {} if common.lora_layers(model.vlm) else runtime.whole(trained)  # adapters are whole on every rank
@@ -1467,14 +1553,6 @@ def main(argv=None) -> None:
             return
         splits, trees = check_data(Path(args.data), args, text, faults)
         if args.check:
-            row = next((rows[0] for rows in splits.values() if rows), None)
-            if row is None:
-                raise SystemExit("no row is left")
-            encoded = encode_row(row, text)
-            if not args.mask_video and row.split == "train":
-                encoded = video_learned(*encoded)
-            runtime.print_row(text.tokenizer, row.id, *encoded, list(text.ids.values()))
-            print("check passed")
             return
         run = Run(args, Path(args.out), device, stop, text, partial(read_images, Path(args.data), text))
         if args.eval_only:

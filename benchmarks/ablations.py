@@ -58,10 +58,11 @@ def main() -> None:
             flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
             script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])
             results[name] = json.loads((Path(folder) / "run/results.json").read_text())
-    print(f"\n{'question type':<24}{'n':>5}" + "".join(f"{name:>10}" for name in [*results, "majority"]))
+    print(f"\n{'question type':<24}{'n':>5}" + "".join(f"{name:>10}" for name in [*results, "blind"]))
     for kind, found in [*results["as it is"]["types"].items(), ("all", results["as it is"]["all"])]:
         right = [(r["all"] if kind == "all" else r["types"][kind])["exact"] for r in results.values()]
-        print(f"{kind:<24}{found['n']:>5}" + "".join(f"{share:>10.1%}" for share in [*right, found["majority"]]))
+        shares = [*right, max(found["floors"].values())]
+        print(f"{kind:<24}{found['n']:>5}" + "".join(f"{share:>10.1%}" for share in shares))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import train_llava_med
 
 def run(folder: Path, out: Path, *flags, script=train_llava_med) -> None:
     """The script on folder/model and folder/data; the signal handlers of this process are put back."""
-    argv = ["--model", folder / "model", "--data", folder / "data", "--out", out, *flags]
+    shown = [] if "--report" in flags else ["--no-report"]  # most tests need no page
+    argv = ["--model", folder / "model", "--data", folder / "data", "--out", out, *shown, *flags]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         script.main([str(a) for a in argv])

@@ -92,11 +92,12 @@ def test_predictions_has_a_line_a_question_and_results_count_them(demo_folder, t
         (row["id"], row["answer"], row["group"]) for row in rows
     ]
     keys = {"id", "group", "media", "question_type", "question", "answer", "prediction", "ended", "correct", "tolerant"}
-    assert [line.keys() - {"candidates"} for line in lines] == [keys] * 24
+    assert [line.keys() - {"candidates"} for line in lines] == [keys | {"floors"}] * 24
     assert {line["question_type"] for line in lines if "candidates" in line} == {"yes_no", "color", "mcq"}
     results = json.loads((trained / "results.json").read_text())
     assert results["all"]["n"] == sum(entry["n"] for entry in results["types"].values()) == 24
-    assert results["all"].keys() == {"n", "exact", "tolerant", "majority", "interval"}
+    above = {"floors", "best_floor", "above_floor", "above_floor_interval"}
+    assert results["all"].keys() == {"n", "groups", "exact", "tolerant", "interval", *above}
     assert results["all"]["exact"] == sum(line["correct"] for line in lines) / 24
 
 

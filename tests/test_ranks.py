@@ -57,7 +57,7 @@ def ended(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list
 
 
 def arguments(folder: Path, out: Path, *flags) -> list:
-    return ["--model", folder / "model", "--data", folder / "data", "--out", out, *FLAGS, *flags]
+    return ["--model", folder / "model", "--data", folder / "data", "--out", out, "--no-report", *FLAGS, *flags]
 
 
 def assert_close(out: Path, one: Path) -> None:
@@ -75,7 +75,7 @@ def assert_close(out: Path, one: Path) -> None:
 def one(request, demo_folder, tmp_path_factory):
     """A run of one rank, with adapters or with every parameter trained."""
     out = tmp_path_factory.mktemp("ranks") / request.param
-    run(demo_folder, out, *FLAGS, "--tune", request.param)
+    run(demo_folder, out, *FLAGS, "--report", "--tune", request.param)
     return out
 
 
@@ -87,7 +87,7 @@ def one(request, demo_folder, tmp_path_factory):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel):
     out = tmp_path / "two"
-    codes, texts = ended(start(arguments(demo_folder, out, "--tune", one.name, "--parallel", parallel)))
+    codes, texts = ended(start(arguments(demo_folder, out, "--report", "--tune", one.name, "--parallel", parallel)))
     assert codes == [0, 0], texts
     assert_close(out, one)
     assert "Traceback" not in texts[0] and "mean of types" in texts[0]
@@ -330,7 +330,7 @@ def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_
     flags = ["--model", tmp_path / "demo/model", "--audio-model", tmp_path / "demo/whisper"]
     flags += ["--data", tmp_path / "demo/data", "--question", "both", "--limit", 12, "--questions-per-step", 2]
     flags += ["--max-steps", 5, "--lr", 1e-3, "--lora-dropout", 0, "--max-answer-tokens", 3, "--frames", 2]
-    flags += ["--save-every", 1, "--keep", 10]
+    flags += ["--save-every", 1, "--keep", 10, "--no-report"]
     train_surg_video_vqa.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     kinds = [[name in silent for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert any(len(set(kind)) == 2 for kind in kinds)  # one of each in a step, and so a rank each
@@ -352,7 +352,7 @@ def test_a_rank_without_a_modality_and_one_with_it_train_as_one(mri_folder, tmp_
     """A step of two conversations, one about a T1 scan and one about a series: each rank has one embedding to use."""
     flags = ["--model", mri_folder / "model", "--data", mri_folder / "data", "--pack-tokens", 200, "--lr", 1e-3]
     flags += ["--modality", "T1:32x32x32:8x8x8", "--modality", "rsfMRI:24x24x24x4:8x8x8x2", "--no-share-prefix"]
-    flags += ["--questions-per-step", 2, "--max-steps", 8, "--max-answer-tokens", 3, "--decode", "free"]
+    flags += ["--questions-per-step", 2, "--max-steps", 8, "--max-answer-tokens", 3, "--decode", "free", "--no-report"]
     train_umbrella_mri.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     series = [["hemisphere" in name for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert any(len(set(kind)) == 2 for kind in series)  # one of each in a step, and so a rank each
@@ -374,6 +374,7 @@ def test_a_rank_with_a_video_and_one_with_a_text_alone_train_as_one(plain_folder
     flags = ["--model", plain_folder / "model", "--vision-model", plain_folder / "vision", "--from-scratch"]
     flags += ["--data", plain_folder / "data", "--fast-frames", 2, "--fast-grid", 1, "--slow-frames", 2]
     flags += ["--slow-grid", 2, "--questions-per-step", 2, "--pack-tokens", 64, "--lr", 1e-3, "--max-answer-tokens", 3]
+    flags += ["--no-report"]
     train_video_plain_lm.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     kinds = [{name[0] for name in line["ids"]} for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert {"t", "v"} in kinds  # one of each in a step, and so a rank each

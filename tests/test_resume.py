@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tm
 def test_a_metrics_line_with_a_line_separator_in_an_id_is_kept(tmp_path):
     line = {"step": 1, "val_loss": 0.5, "ids": ["a\u2028b\u0085c"]}
     for start in (0, 1, 1):  # rewritten on every start
-        metrics = runtime.Metrics(tmp_path, start, 2)
+        metrics = runtime.Metrics(tmp_path, start, 2, SimpleNamespace(tensorboard=False, wandb=None))
         if start == 0:
             metrics.write(**line)
         metrics.close()

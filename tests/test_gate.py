@@ -1,0 +1,405 @@
+"""The data gate: planted faults are found and named, clean data and pictures that only look alike are not accused."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import read_lines
+from PIL import Image, ImageEnhance, ImageOps
+
+import report
+import train_llava_med
+import train_qwen2vl_sentinel
+import train_surg_video_vqa
+import train_umbrella_mri
+import train_video_plain_lm
+from runtime import shown
+
+PUBLISHED = Path(__file__).parents[1] / "../shared/data/surgvivqa_audio"
+
+
+def picture(seed: int, size=(320, 256), own: float = 0.7) -> Image.Image:
+    """Pinkish clouds that darken towards the corners; `own` is the share that other seeds do not have."""
+    width, height = size
+    slow = np.maximum(np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.fftfreq(width) * width), 1)
+    clouds = []
+    for s in (seed, 10**6):
+        noise = np.fft.ifft2(np.fft.fft2(np.random.default_rng(s).standard_normal((height, width))) / slow).real
+        clouds.append(noise / noise.std())
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    both = own**0.5 * clouds[0] + (1 - own) ** 0.5 * clouds[1]
+    pixels = np.stack([170 + 35 * both, 95 + 28 * both, 85 + 25 * both], axis=-1)
+    return Image.fromarray(np.clip(pixels * np.clip(1.25 - x**2 - y**2, 0, 1)[..., None], 0, 255).astype(np.uint8))
+
+
+def write(folder: Path, **splits) -> Path:
+    """A data folder: each split a list of rows, of which only what matters is given; pictures are saved by name."""
+    for split, rows in splits.items():
+        lines = []
+        for i, row in enumerate(rows):
+            row = {
+                "id": f"{split}{i}",
+                "group": f"{split} {i}",
+                "question": f"Is {split} {i} red?",
+                "answer": "yes",
+            } | row
+            for name, image in row.pop("files", {}).items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                image.save(folder / name, quality=95)
+            lines.append(json.dumps(row))
+        folder.mkdir(exist_ok=True)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def shows(name: str, image: Image.Image, **row) -> dict:
+    return {"image": name, "files": {name: image}, **row}
+
+
+def asks(name: str, **row) -> dict:
+    """The same picture and, unless it says otherwise, the same question."""
+    return shows(name, picture(1), **{"question": "Is it red?"} | row)
+
+
+def gated(folder: Path) -> dict:
+    rows, problems = report.read_folder(folder)
+    assert problems == []
+    return report.data_gate(folder, rows)
+
+
+def found(folder: Path) -> list[tuple[str, str, str]]:
+    return [(f["kind"], f["where"], f["text"]) for f in gated(folder)["findings"]]
+
+
+def only(folder: Path, kind: str, where: str) -> str:
+    """The text of the only finding, which must be of this kind and at this line."""
+    (finding,) = found(folder)
+    assert finding[:2] == (kind, where)
+    return finding[2]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Writes a picture into training and what `change` makes of it into the test, among others that differ."""
+
+    def build(change, ending="jpg", **settings):
+        original = picture(1)
+        write(tmp_path, train=[shows(f"images/a{s}.jpg", picture(s)) for s in range(6)])
+        write(tmp_path, test=[shows(f"images/b{s}.jpg", picture(s)) for s in range(10, 13)])
+        changed = change(original)
+        changed.save(tmp_path / f"images/copy.{ending}", **{"quality": 90} | settings)
+        with (tmp_path / "test.jsonl").open("a") as file:
+            row = {"id": "c", "group": "c", "image": f"images/copy.{ending}", "question": "Is it big?", "answer": "no"}
+            file.write(json.dumps(row) + "\n")
+        return tmp_path
+
+    return build
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is wrong
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("demo", ["demo_folder", "qwen_folder", "video_folder", "mri_folder", "plain_folder"])
+def test_a_clean_demo_has_no_findings(demo, request, capsys):
+    result = gated(request.getfixturevalue(demo) / "data")
+    report.print_gate(result)
+    assert result["findings"] == [] and result["counts"]["not looked at"] == 0
+    assert set(result["splits"]) == {"train", "val", "test"}
+    assert capsys.readouterr().out.endswith("gate: no findings\n")
+
+
+def rows_of(script, folder: Path, *flags) -> list:
+    argv = ["--model", folder / "model", "--data", folder / "data", "--out", "never written", *flags]
+    args = script.parse_arguments([str(a) for a in argv])
+    if script is train_umbrella_mri:
+        script.load_text(folder / "model", args)  # modalities and labels are the checkpoint's
+    return script.read_data(folder / "data", args)[0]
+
+
+def test_the_rows_of_the_scripts_are_taken_too(demo_folder, mri_folder):
+    for rows, folder in (
+        (rows_of(train_llava_med, demo_folder), demo_folder),
+        (rows_of(train_umbrella_mri, mri_folder, "--flip"), mri_folder),  # mirrored copies are no second question
+    ):
+        assert report.data_gate(folder / "data", rows)["findings"] == []
+
+
+def test_different_pictures_of_one_kind_are_not_near(tmp_path):
+    write(tmp_path, train=[shows(f"images/{s}.jpg", picture(s, own=0.3)) for s in range(60)])
+    write(tmp_path, test=[shows(f"images/{s}.jpg", picture(s, own=0.3)) for s in range(100, 140)])
+    assert found(tmp_path) == []
+
+
+def test_a_small_part_in_another_colour_is_another_picture(tmp_path):
+    spots = {"train": (190, 80, 80), "test": (160, 96, 80)}  # of about the same grey
+    for split, colour in spots.items():
+        image = picture(1)
+        image.paste(colour, (150, 120, 190, 152))
+        write(tmp_path, **{split: [shows(f"images/{split}.jpg", image)]})
+    assert found(tmp_path) == []
+
+
+def test_pictures_without_structure_are_compared_by_bytes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 3, (64, 64, 3), dtype=np.uint8)  # black, as a camera sees it
+    write(
+        tmp_path,
+        train=[shows("black.png", Image.fromarray(noise)), shows("white.png", Image.new("RGB", (64, 64), "white"))],
+    )
+    write(tmp_path, test=[shows("dark.png", Image.fromarray(noise[::-1])), shows("same.png", Image.fromarray(noise))])
+    assert "same.png of test is black.png" in only(tmp_path, "same file", "test.jsonl:2")
+    assert gated(tmp_path)["counts"]["flat"] == 3  # of four files one is the same as another
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same picture
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda image: image, id="re-encoded"),
+        pytest.param(lambda image: image.resize((image.width // 2, image.height // 2)), id="half the size"),
+        pytest.param(lambda image: image.resize((224, 224)), id="squeezed"),
+        pytest.param(lambda image: ImageEnhance.Brightness(image).enhance(1.15), id="brighter"),
+    ],
+)
+def test_a_copy_of_a_training_picture_is_found(pair, change):
+    text = only(pair(change, quality=70), "near duplicate", "test.jsonl:4")
+    assert text.startswith("images/copy.jpg of test looks like images/a1.jpg of train (train.jsonl:2): ")
+
+
+def test_a_copy_in_another_format_is_found(pair):
+    only(pair(lambda image: image, ending="png"), "near duplicate", "test.jsonl:4")
+
+
+@pytest.mark.parametrize(
+    ("change", "turned"),
+    [
+        (ImageOps.mirror, "mirrored left to right"),
+        (ImageOps.flip, "mirrored top to bottom"),
+        (lambda image: image.rotate(180), "turned upside down"),
+    ],
+)
+def test_a_mirrored_copy_is_found_and_called_so(pair, change, turned):
+    assert f", {turned}: " in only(pair(change), "near duplicate", "test.jsonl:4")
+
+
+def test_an_exif_rotation_does_not_hide_a_copy(pair):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # shown turned by 180°
+    text = only(pair(lambda image: image.rotate(180), exif=exif), "near duplicate", "test.jsonl:4")
+    assert "turned" not in text
+
+
+def test_copies_of_the_drawn_frames_are_found_with_their_own_original(demo_folder, tmp_path):
+    data = shutil.copytree(demo_folder / "data", tmp_path / "data")
+    shown = list(dict.fromkeys(row["image"] for row in read_lines(data / "train.jsonl")))[:20]
+    lines = []
+    for i, name in enumerate(shown):
+        Image.open(data / name).save(data / f"images/copy{i}.jpg", quality=50)
+        lines.append({"id": f"copy{i}", "group": "new", "image": f"images/copy{i}.jpg", "question": "?", "answer": "a"})
+    with (data / "test.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    texts = [text for kind, _, text in found(data) if kind == "near duplicate"]
+    assert len(texts) == 20
+    assert all(
+        f"copy{i}.jpg of test looks like {name} of" in text
+        for i, (name, text) in enumerate(zip(shown, texts, strict=True))
+    )
+
+
+def test_the_same_bytes_are_one_finding_whatever_the_name(tmp_path):
+    write(tmp_path, train=[shows("images/a.jpg", picture(1))], val=[shows("images/b.jpg", picture(1))])
+    assert only(tmp_path, "same file", "val.jsonl:1") == "images/b.jpg of val is images/a.jpg in train (train.jsonl:1)"
+
+
+def test_digests_of_the_caller_are_believed(tmp_path):
+    write(tmp_path, train=[shows("images/a.jpg", picture(1))], test=[shows("images/b.jpg", picture(2))])
+    rows, _ = report.read_folder(tmp_path)
+    result = report.data_gate(tmp_path, rows, {"images/a.jpg": "5e1f", "images/b.jpg": "5e1f"})
+    assert [finding["kind"] for finding in result["findings"]] == ["same file"]
+
+
+def test_files_that_cannot_be_opened_are_counted_and_compared_by_name(tmp_path):
+    write(tmp_path, train=[{"image": "gone.jpg", "group": None}, shows("torn.jpg", picture(1))])
+    write(tmp_path, test=[{"image": "gone.jpg", "group": None}])  # its group is the file: no second finding
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:500])
+    assert "by its name" in only(tmp_path, "same file", "test.jsonl:1")
+    assert gated(tmp_path)["counts"]["not looked at"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clips and groups
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_clips_that_share_frames_are_counted(video_folder, tmp_path):
+    data = shutil.copytree(video_folder / "data", tmp_path / "data")
+    train, lines = read_lines(data / "train_multivideo.jsonl"), read_lines(data / "test_multivideo.jsonl")
+    one, all_eight = lines[0], lines[-1]
+    for row, count in ((one, 1), (all_eight, 8)):
+        for name, frame in list(zip(row["frames"], train[0]["frames"], strict=True))[:count]:
+            source = data / "frames" / train[0]["video_id"] / f"{frame}.jpg"
+            shutil.copy(source, data / "frames" / row["video_id"] / f"{name}.jpg")
+    touched = sum(one["frames"][0] in row["frames"] or row["frames"] == all_eight["frames"] for row in lines)
+    contained = sum(row["frames"] == all_eight["frames"] for row in lines)
+    texts = {kind: text for kind, _, text in found(data)}
+    assert f"8 of {len({n for row in lines for n in row['frames']}) - 1} frames of test" in texts["shared frames"]
+    assert f"in {touched} of {len(lines)} questions, {contained} of which show nothing else" in texts["shared frames"]
+    assert "same file" in texts
+
+
+def test_a_patient_in_two_splits_is_found(tmp_path):
+    write(tmp_path, train=[shows("a.jpg", picture(1), group="patient 7")], val=[shows("b.jpg", picture(2))])
+    write(tmp_path, test=[shows("c.jpg", picture(3)), shows("d.jpg", picture(4), group="patient 7")])
+    text = only(tmp_path, "shared group", "test.jsonl:2")
+    assert text == "group patient 7 of test is also in train (train.jsonl:1)"
+
+
+def test_every_subject_of_a_row_counts(tmp_path):
+    rows = []
+    for split, groups in (("train", ["s1", "s2"]), ("test", ["s3", "s2"])):
+        row = {"where": f"{split}:1", "split": split, "id": split, "groups": groups, "media": []}
+        rows.append(SimpleNamespace(**row, question="", answer="yes", question_type="yes_no"))
+    texts = [finding["text"] for finding in report.data_gate(tmp_path, rows)["findings"]]
+    assert texts == ["group s2 of test is also in train (train:1)"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Questions and answers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_contradicting_answers_are_found_also_under_another_file_name(tmp_path):
+    write(tmp_path, train=[asks("a.jpg", answer="yes"), asks("b.jpg", question="is it red", answer="No.")])
+    text = only(tmp_path, "conflict", "train.jsonl:2")
+    assert text == "'is it red' of b.jpg is answered 'No.', but 'yes' at train.jsonl:1"
+
+
+def test_the_same_question_asked_twice_is_found(tmp_path):
+    write(tmp_path, train=[asks("a.jpg", answer="yes"), asks("a.jpg", answer="Yes.")])
+    assert "asked at train.jsonl:1, too, with the same answer 'Yes.'" in only(
+        tmp_path, "same question", "train.jsonl:2"
+    )
+
+
+def test_forms_of_one_answer_are_no_contradiction(tmp_path):
+    same = [("pink; red", "red;pink", "color"), ("(a) oval", "oval", "mcq"), ("two", "2", "count_numeric")]
+    for one, other, kind in same:
+        rows = [asks("a.jpg", answer=answer, question_type=kind) for answer in (one, other)]
+        only(write(tmp_path, train=rows), "same question", "train.jsonl:2")
+    rows = [asks("a.jpg", answer="No, it is not.", short_answer="no"), asks("a.jpg", answer="no, it is not")]
+    only(write(tmp_path, train=rows), "same question", "train.jsonl:2")
+
+
+def test_what_was_said_before_is_part_of_the_question(tmp_path):
+    picture(1).save(tmp_path / "a.jpg")
+
+    def talk(*texts):
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        return {"id": texts[0], "image": "a.jpg", "conversations": turns}
+
+    write(tmp_path, train=[talk("<image>Left?", "yes", "Sure?", "yes"), talk("<image>Right?", "no", "Sure?", "no")])
+    assert found(tmp_path) == []
+    write(tmp_path, train=[talk("<image>Left?", "yes", "Sure?", "yes"), talk("Left?\n<image>", "yes", "Sure?", "no")])
+    kinds = [(kind, where) for kind, where, _ in found(tmp_path)]
+    assert kinds == [("conflict", "train.jsonl:2"), ("same question", "train.jsonl:2 turn 1")]
+
+
+def test_captions_may_differ_and_texts_alone_may_repeat(tmp_path):
+    captions = [shows("a.jpg", picture(1), question="", answer=answer) for answer in ("a polyp", "a red polyp")]
+    write(tmp_path, train=[*captions, {"question": "Hello", "answer": "Hi"}, {"question": "Hello", "answer": "Hi"}])
+    assert found(tmp_path) == []
+
+
+@pytest.mark.parametrize("answer", [None, "", " .", "nan", float("nan")])
+def test_an_answer_that_says_nothing_is_found(tmp_path, answer):
+    write(tmp_path, train=[shows("a.jpg", picture(1), answer=answer), shows("b.jpg", picture(2))])
+    only(tmp_path, "empty answer", "train.jsonl:1")
+
+
+def test_a_type_with_one_answer_is_noted(tmp_path, capsys):
+    asked = [("Is it red?", "yes"), ("Is it big?", "Yes"), ("How many?", "1"), ("How many are red?", "2")]
+    asked.append(("What color is it?", "red"))
+    write(tmp_path, train=[shows("a.jpg", picture(1), question=q, answer=a, group="x") for q, a in asked])
+    result = gated(tmp_path)
+    assert result["findings"] == [] and result["splits"]["train"]["single_class"] == ["yes_no"]
+    report.print_gate(result)
+    assert "always the same answer to yes_no" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading and printing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_ten_findings_of_a_kind_are_printed_and_all_are_kept(tmp_path, capsys):
+    write(tmp_path, train=[{"image": f"{i}.jpg", "answer": ""} for i in range(47)])
+    result = gated(tmp_path)
+    report.print_gate(result)
+    printed = capsys.readouterr().out
+    assert len(result["findings"]) == 47 and printed.count("empty answer: train.jsonl") == 10
+    assert "empty answer: … and 37 more" in printed and printed.endswith("gate: 47 findings (47 empty answer)\n")
+    json.dumps(result)
+
+
+def test_lines_that_are_no_rows_are_problems_and_the_others_are_read(tmp_path):
+    good = json.dumps({"image": "a.jpg", "question": "Is it red?", "answer": None})
+    bad = ["{", "[1]", json.dumps({"conversations": 3})]
+    turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "no"}, "no turn"]
+    bad.append(json.dumps({"conversations": turns}))
+    (tmp_path / "train.jsonl").write_text("\n".join([*bad, good]))
+    rows, problems = report.read_folder(tmp_path)
+    assert sorted(problem.where for problem in problems) == [f"train.jsonl:{i}" for i in range(1, 5)]
+    assert [(row.where, row.question_type, row.answer, row.media) for row in rows] == [
+        ("train.jsonl:5", "yes_no", None, ["a.jpg"])
+    ]
+
+
+def test_an_unsplit_file_is_divided_as_the_scripts_do(tmp_path):
+    lines = [json.dumps({"img_id": f"i{i}", "question": "Is it red?", "answer": "no"}) for i in range(40)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    rows, _ = report.read_folder(tmp_path)
+    flags = ["--model", "m", "--data", str(tmp_path), "--out", "o"]
+    read, _ = train_llava_med.read_data(tmp_path, train_llava_med.parse_arguments(flags))
+    assert [(row.id, row.split, row.media) for row in rows] == [(row.id, row.split, row.media) for row in read]
+
+
+@pytest.mark.parametrize(
+    ("script", "demo", "flags"),
+    [
+        (train_llava_med, "demo_folder", []),
+        (train_qwen2vl_sentinel, "qwen_folder", []),
+        (train_surg_video_vqa, "video_folder", ["--target", "short_answer"]),
+        (train_umbrella_mri, "mri_folder", []),
+        (train_video_plain_lm, "plain_folder", []),
+    ],
+)
+def test_every_layout_is_read_as_its_script_reads_it(script, demo, flags, request):
+    folder = request.getfixturevalue(demo)
+    mine = {row.where: row for row in report.read_folder(folder / "data")[0]}
+    theirs = rows_of(script, folder, *flags)
+    for row in theirs:
+        other = mine[row.where]
+        fields = ("split", "id", "group", "question", "answer", "question_type")
+        assert [getattr(other, name) for name in fields] == [getattr(row, name) for name in fields]
+        assert set(shown(row)) <= set(other.shown)  # a script may choose some of a clip's frames
+    assert len(mine) - len(theirs) == sum(" turn " in where for where in mine)  # train_umbrella_mri leaves these out
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the annotations of SurgViVQA are not here")
+def test_the_published_surgical_clips_share_the_frames_that_are_known():
+    result = gated(PUBLISHED)
+    texts = {finding["kind"]: finding["text"] for finding in result["findings"]}
+    assert texts["shared frames"] == (
+        "869 of 3070 frames of val are in earlier splits too, in 169 of 398 questions, 45 of which show nothing else"
+    )
+    assert result["counts"]["same file"] == 869 and result["counts"]["shared group"] == 3
+    assert not any(f["where"].startswith("test_") for f in result["findings"])  # its video is in no other split
+    assert [result["splits"][split]["questions"] for split in ("train", "val", "test")] == [2302, 398, 1000]
