@@ -6,18 +6,16 @@
     python report.py --data DIR                                        # the data gate
 
 Written are report.html (one file, no network), results.json, and the figures as SVG and PNG, into --out: of a single
-run RUN/report. Every script writes it after answering, and runs gate and audit with --check.
+run RUN/report. Every script writes it after answering; gate and audit run before every training, and with --check.
 
-    1  reading       runs, predictions of others, and the rows that these answer
+    1  reading       runs, and predictions of others
     2  numbers       per type and overall, beside what can be said blindly; calibration; runs against each other
     3  the audit     a scorer proves that it takes no wrong answer for right
     4  the gate      what training and test share, and what contradicts itself
-    5  figures       curves, bars, calibration, by matplotlib
-    6  media         thumbnails of what a question is about
-    7  the page
-    8  command line
+    5  data folders  read without a model or a script, for the gate and for predictions of others
+    6  writing       report.html, results.json, the command line
 
-Imports common.py and runtime.py; knows no model.
+Imports common.py, runtime.py and report_page.py, which draws; knows no model.
 """
 
 import argparse
@@ -66,7 +64,7 @@ def read_run(folder: Path) -> dict:
         "mask": check.get("row"),
         "audit": check.get("scorer"),
         "gate": check.get("gate"),
-        "own": {name: value for name, value in results.items() if isinstance(value, int | float)},
+        "own": {name: value for name, value in results.items() if isinstance(value, int | float)},  # of its script
         "split": results.get("split"),
         "decode": results.get("decode"),
         "script": config.get("script"),
@@ -459,7 +457,7 @@ def read_synonyms(path: Path | None) -> list[list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The data gate: the same pictures, patients or questions in two splits, answers that contradict each other
+# 4  The gate: the same pictures, patients or questions in two splits, answers that contradict each other
 # ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")  # a later one may not repeat an earlier one
@@ -759,7 +757,7 @@ def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data folders, read without a model or a script
+# 5  Data folders, read without a model or a script
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -923,7 +921,7 @@ def files_in(folder: Path, name: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8  Command line
+# 6  Writing
 # ------------------------------------------------------------------------------------------------------------
 
 MOST_SHOWN = 20_000  # answers in the gallery
@@ -937,6 +935,9 @@ def add_blind_runs(run: dict, found: dict) -> None:
         if path.is_file():
             other = {"name": mode, "records": read_records(path)}
             paired, numbers = compare(run, other), common.summarise(other["records"])["all"]
+            if not paired:
+                found["notes"].append(f"{mode}: answered other questions than the run; repeat it with --blind-runs")
+                continue
             entry = {"exact": numbers["exact"], "interval": numbers["interval"]}
             entry |= {"difference": paired["all"]["difference"], "difference_interval": paired["all"]["interval"]}
             found["blind"][mode] = entry
@@ -946,11 +947,14 @@ def add_blind_runs(run: dict, found: dict) -> None:
 
 def start_blind_runs(run: dict) -> None:
     """Let the run's own script answer again, with nothing to see and with another group's media."""
-    if not run["script"]:
-        raise SystemExit(f"{run['name']}/config.json does not name its script: it is of an older version, train again")
+    script = Path(__file__).with_name(run["script"] or "")
+    if not script.is_file():
+        raise SystemExit(f"{run['name']}: config.json names {run['script']!r}, which is no script beside report.py")
+    if run["settings"].get("overfit"):
+        raise SystemExit(f"{run['name']} learned rows by heart: there is nothing to compare with")
     for mode in ("blank", "shuffled"):
         again = ["--eval-only", "--resume", "auto", "--eval-split", run["split"], "--blind", mode]
-        command = [sys.executable, Path(__file__).with_name(run["script"]), *run["argv"], *again]
+        command = [sys.executable, script, *run["argv"], *again]
         print(f"--blind {mode}: {' '.join(map(str, command))}", flush=True)
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{run['name']}: --blind {mode} did not answer; its own message says why")
@@ -968,20 +972,20 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
         "runs": found,
         "comparisons": [pair for pair in compared if pair],
         "seeds": seeds_of(runs, found),
-        "audit": audit or runs[0].get("audit"),
-        "gate": runs[0].get("gate"),
+        "audit": audit or worst(run.get("audit") for run in runs),
+        "gate": next((run["gate"] for run in runs if run.get("gate")), None),
     }
     gallery, media, faults = [], [], []
     for number, run in enumerate(runs):
         records = run["records"][: MOST_SHOWN // len(runs)]
+        left = len(run["records"]) - len(records)
+        faults += [f"{left:,} answers of {run['name']}: the page would be too large"] if left else []
         thumbs, shown, missing = report_page.thumbnails(run.get("data"), records, MEDIA_BYTES // len(runs))
         for record, indices in zip(records, shown, strict=True):
-            entry = {
-                name: record.get(name) for name in ("id", "question", "answer", "prediction", "correct", "tolerant")
-            }
-            entry |= {"run": number, "type": record["question_type"], "also_right": record.get("also_right", [])}
-            entry |= {"p": record.get("probabilities", {}).get(record["prediction"])}
-            gallery.append({**entry, "media": [len(media) + i for i in indices]})
+            kept = ("id", "question", "answer", "also_right", "prediction", "correct", "tolerant")
+            entry = {name: record[name] for name in kept if name in record}
+            entry |= {"run": number, "type": record["question_type"], "media": [len(media) + i for i in indices]}
+            gallery.append(entry | {"p": record.get("probabilities", {}).get(record["prediction"])})
         media += thumbs
         faults += missing
     masks = [{"run": run["name"], **run["mask"]} for run in runs if run.get("mask")]
@@ -994,12 +998,17 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
     return result
 
 
+def worst(audits) -> dict | None:
+    """Of several audits the one with most failures."""
+    return max((audit for audit in audits if audit), key=lambda audit: audit["failed"], default=None)
+
+
 def write_report(folder: Path) -> None:
     """RUN/report, for a script that has answered. What fails here is said, but fails no run: its results are saved."""
     try:
         write([read_run(folder)], folder / "report")
         print(f"the report is {folder / 'report' / 'report.html'}")
-    except Exception:
+    except (Exception, SystemExit):
         traceback.print_exc()
         print(f"no report was written; python report.py {folder} tries again")
 
@@ -1011,7 +1020,7 @@ def print_result(result: dict) -> None:
         print(common.results_table(run))
         for note in run["notes"]:
             print(note)
-        best = run["all"].get("above_floor_interval")
+        best = run["all"]["above_floor_interval"]
         if best and best[0] <= 0:
             print("NOT above its best blind floor: the interval of the difference is not above zero")
         for mode, entry in run["blind"].items():
@@ -1044,13 +1053,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, help="the rows they answer, in any layout that the scripts read")
     parser.add_argument("--train", type=Path, help="the rows of training: without them there are no blind floors")
     parser.add_argument("--fields", default="", metavar="NAME=THEIRS,…", help="fields of --predictions: id, prediction")
-    parser.add_argument("--synonyms", type=Path, help="answers that mean the same, a line each, separated by tab or |")
+    parser.add_argument(
+        "--synonyms", type=Path, help="answers that the audit may find right for each other, a line each"
+    )
     parser.add_argument("--data", type=Path, help="data folder: the gate alone")
     args = parser.parse_args(argv)
     if (args.data is not None) + bool(args.runs) + (args.predictions is not None) != 1:
         parser.error("give run folders, or --predictions, or --data")
     if args.predictions and not args.test:
         parser.error("--predictions needs --test, the rows that they answer")
+    if args.blind_runs and not args.runs:
+        parser.error("--blind-runs needs run folders, whose models are at hand")
     if not args.data and not args.out:
         if len(args.runs) != 1:
             parser.error("--out required")
@@ -1079,8 +1092,8 @@ def main(argv: list[str] | None = None) -> None:
         for run in runs if args.blind_runs else []:
             start_blind_runs(run)
         rows = [SimpleNamespace(**{"also_right": [], **record}) for run in runs for record in run["records"]]
-    own = runs[0].get("audit")  # of the script's own scorer, over the answers of all splits
-    audit = own or audit_scorer(lambda text, row: score(text, row)["exact"], rows, read_synonyms(args.synonyms))
+    audit = worst(run.get("audit") for run in runs)  # of the scripts' own scorers, over the answers of all splits
+    audit = audit or audit_scorer(lambda text, row: score(text, row)["exact"], rows, read_synonyms(args.synonyms))
     result = write(runs, args.out, audit)
     print_result(result)
     print_audit(audit)

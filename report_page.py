@@ -490,6 +490,7 @@ def _accuracy(runs: list[dict]) -> str:
         heading = f"<h3>{_text(run['name'])}</h3>" if len(runs) > 1 else f'<p class="run">{_text(run["name"])}</p>'
         how = [f"{run['n']:,} questions"]
         how += [f"{what} {_text(run[what])}" for what in ("split", "decode") if run.get(what)]
+        how += [f"{_text(name)} {value:.4g}" for name, value in run["own"].items()]
         parts += [heading, _lead(run["all"]), f'<p class="quiet">{", ".join(how)}</p>', _types_table(run)]
         parts += [f'<p class="quiet">{_text(note)}</p>' for note in run["notes"]]
     return "".join(parts)

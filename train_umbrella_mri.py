@@ -1287,7 +1287,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     proof |= {"scorer": audit_scorer(lambda prediction, row: score(prediction, row)["exact"], rows)}
     print_audit(proof["scorer"])
     fatal = fatal + [Problem("scorer", None, text) for text in proof["scorer"]["failures"]]
-    if args.check:
+    if not args.eval_only:
         proof |= {"gate": runtime.on_first_rank(lambda: data_gate(data, rows, digests))}
         print_gate(proof["gate"])
     runtime.report_check(Path(args.out) / "check.json", proof, fatal, faults, args.skip_bad)

@@ -53,7 +53,7 @@ def a_run(name="runs/a", types=TYPES, **more):
         "name": name, "n": 120, "split": "test", "decode": "free", "types": {kind: typed() for kind in types},
         "all": figures(120), "macro": {"exact": 0.8, "tolerant": 0.8, "floors": floors}, "blind": {"blank": short},
         "notes": ["Rows of a patient are drawn together."], "settings": {"lr": 0.001, "tune": "lora"},
-        "argv": ["train.py", "--lr", "0.001"], "versions": {"torch": "2.13"}, "git_commit": "0123abc", **more,
+        "argv": ["train.py", "--lr", "0.001"], "own": {"bleu": 95.04}, "versions": {"torch": "2.13"}, "git_commit": "0123abc", **more,
     }  # fmt: skip
 
 
