@@ -161,10 +161,19 @@ def _draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
 
 
 def _series(lines: list[dict], field: str) -> tuple[list, list]:
-    """Steps and values, thinned evenly; the last one stays. What is not finite leaves a gap."""
+    """Steps and values; of very many the lowest and highest of each stretch, so that no spike is lost.
+
+    What is not finite leaves a gap.
+    """
     found = [(line["step"], line[field]) for line in lines if isinstance(line.get(field), int | float)]
-    found = [found[i] for i in _evenly(len(found), MOST_POINTS)]
-    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+    values = [value if math.isfinite(value) else math.nan for _, value in found]
+    kept = range(len(found))
+    if len(found) > MOST_POINTS:
+        stretches = np.array_split(np.arange(len(found)), MOST_POINTS // 2 - 1)
+        lowest = {min(part, key=lambda i: values[i] if values[i] == values[i] else -math.inf) for part in stretches}
+        highest = {max(part, key=lambda i: values[i] if values[i] == values[i] else -math.inf) for part in stretches}
+        kept = sorted({0, len(found) - 1} | lowest | highest)
+    return [found[i][0] for i in kept], [values[i] for i in kept]
 
 
 def _scale(axes, logarithmic: bool) -> None:
@@ -374,21 +383,21 @@ def _refuse_large(shape: tuple) -> None:
 
 
 def _slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
-    """Through the middle: from above, the front and the side; what is up is up, the patient's right is right."""
+    """Through the middle, as radiologists see them: from the feet, the front, the side; the patient's right is left."""
     while voxels.ndim > 3:
         voxels = voxels[..., 0]  # the first time point, the first channel
     if voxels.ndim < 3:
         raise ValueError(f"an array of {voxels.ndim} axes is no volume")
     _refuse_large(voxels.shape)
     x, y, z = (size // 2 for size in voxels.shape)
-    planes = [(voxels[:, :, z], 0, 1), (voxels[:, y], 0, 2), (voxels[x], 1, 2)]  # slice, its axis to the right, up
+    planes = [(voxels[:, :, z], 0, 1), (voxels[:, y], 0, 2), (voxels[x], 1, 2)]  # slice, its axis to the left, up
     planes = [(np.nan_to_num(plane.astype(np.float32), posinf=0, neginf=0), a, b) for plane, a, b in planes]
     low, high = np.percentile(np.concatenate([plane.ravel() for plane, _, _ in planes]), [1, 99])
     pictures = []
-    for plane, right, up in planes:
+    for plane, left, up in planes:
         grey = (255 * np.clip((plane - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
-        picture = Image.fromarray(np.ascontiguousarray(grey.T[::-1]))
-        width = round(HEIGHT * picture.width * spacing[right] / (picture.height * spacing[up]))
+        picture = Image.fromarray(np.ascontiguousarray(grey.T[::-1, ::-1]))
+        width = round(HEIGHT * picture.width * spacing[left] / (picture.height * spacing[up]))
         pictures.append(picture.resize((max(1, min(WIDEST, width)), HEIGHT)))
     return _side_by_side(pictures, HEIGHT)
 
@@ -745,7 +754,7 @@ def _shown(gallery: list[dict], media: list[dict], faults: list[str]) -> str:
     if media and seen < len(gallery):
         text = f"{seen:,} of {len(gallery):,} are shown with their pictures or sound, wrong ones first. "
     if any(entry["kind"] == "slices" for entry in media):
-        text += "Volumes are seen from above, from the front and from the side; the patient’s right is on the right."
+        text += "Volumes are seen as by radiologists, from the feet, front and side: the patient’s right is on the left."
     text = f'<p class="quiet">{text}</p>' if text else ""
     if faults:
         text += f"<details><summary>What is not shown</summary>{_list(faults)}</details>"

@@ -293,7 +293,7 @@ def test_an_array_trains_a_seed_a_task_and_requeues_one_task_alone(slurm, where,
 def test_two_nodes_train_what_one_process_trains(slurm, where, demo_folder, tmp_path):
     flags = [*SHORT, "--max-steps", "6", "--epochs", "3"]
     job = slurm.submit(tmp_path, *ONE_CORE, "--nodes=2", flags=flags, OUT="two", **where)
-    run(demo_folder, tmp_path / "one", *flags)
+    run(demo_folder, tmp_path / "one", *flags, "--report")
     ended = slurm.ended(job)
     log = log_of(tmp_path, job)
     assert outcome(ended) == ("COMPLETED", "0:0", "0"), log
