@@ -207,17 +207,24 @@ def summarise_run(run: dict) -> dict:
 
 def clips(records: list[dict]) -> list[int]:
     """For each record the number of its clip: records that share a file, directly or through others, are of one."""
-    first, parent = {}, list(range(len(records)))
+    number = united([[("record", i), *record.get("media", [])] for i, record in enumerate(records)])
+    return [number["record", i] for i in range(len(records))]
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
 
-    for i, record in enumerate(records):
-        for name in record.get("media", []):
-            parent[root(i)] = root(first.setdefault(name, i))
-    return [root(i) for i in range(len(records))]
+def united(sets: list) -> dict:
+    """{member: number}: the same for members of one set, and of sets that share members, also through others."""
+    parent = {}
+
+    def root(member):
+        while parent.setdefault(member, member) != member:
+            parent[member] = member = parent[parent[member]]
+        return member
+
+    for members in sets:
+        for member in members:
+            parent[root(member)] = root(members[0])
+    numbers = {}
+    return {member: numbers.setdefault(root(member), len(numbers)) for member in list(parent)}
 
 
 def label(answer: str | None) -> str:
@@ -370,7 +377,8 @@ def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
 # 3  The audit: a scorer proves that it takes no wrong answer for right
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_PAIRS = 500_000
+MOST_PAIRS = 500_000  # of a type
+MOST_TOGETHER = 50  # answers said in one
 
 
 def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
@@ -378,65 +386,56 @@ def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
 
     right(prediction, row) -> bool; None, which would leave the row out, is a failure, too. A row has id, question,
     answer, question_type, and perhaps also_right. Of each type every two distinct answers are scored against each
-    other. Those that are the same after normalising, are forms of one row's answer, or stand together in a line of
-    `synonyms` may be right: counted as declared. For every row are scored nothing, spaces, "I don't know", the
-    question itself, and all answers of its type in one.
+    other. Those may be right that are the same after normalising, forms of one row's answer, or of one line of
+    `synonyms`: counted as declared. For every row are scored nothing, spaces, "I don't know", the question itself, and
+    different answers of its type in one.
     """
     by_type = defaultdict(dict)  # type -> answer -> a row that it is right for
-    forms_of = defaultdict(set)
+    meant = defaultdict(lambda: [[label(word) for word in line] for line in synonyms])  # type -> what means the same
     for row in rows:
         for form in forms(row):
             by_type[row.question_type].setdefault(form, row)
-            forms_of[row.question_type, form].update(map(label, forms(row)))
-    lines = [{label(word) for word in line} for line in synonyms]
-    pairs = answers = 0
-    same, failures = [], []
+        meant[row.question_type].append([label(form) for form in forms(row)])
+    meaning = {kind: united(sets) for kind, sets in meant.items()}
+    pairs, same, failures, probes = 0, [], [], Counter()
 
-    def declare(said: str, row) -> bool:
-        """May `said` be right for this row?"""
-        own = {*map(label, forms(row)), *forms_of[row.question_type, row.answer]}
-        others = {label(said)} | forms_of.get((row.question_type, said), set())
-        bare = (
-            {label(re.sub(rf"^\s*{common.OPTION_LABEL}\s*", "", form)) for form in forms(row)}
-            if row.question_type == "mcq"
-            else set()
-        )
-        return bool(others & (own | bare)) or any(line & others and line & own for line in lines)
+    def declared(said: str, row) -> bool:
+        of = meaning[row.question_type]
+        if of.get(label(said)) == of[label(row.answer)]:
+            return True
+        option = re.sub(rf"^\s*{common.OPTION_LABEL}\s*", "", str(row.answer))  # "left" is enough for "(a) left"
+        return row.question_type == "mcq" and label(said) == label(option)
 
-    def called(verdict) -> str:
-        return "is left out" if verdict is None else "is called right"
+    def ask(said: str, row, what: str) -> None:
+        verdict = right(said, row)
+        if verdict and declared(said, row):
+            same.append([said, row.answer])
+        elif verdict is None or verdict:
+            called = "is left out" if verdict is None else "is called right"
+            failures.append(f"{what} {called} where the answer is {row.answer!r}")
 
     for kind, vocabulary in by_type.items():
-        answers += len(vocabulary)
         texts = list(vocabulary)
         step = max(1, round(len(texts) ** 2 / MOST_PAIRS))  # of very many answers a regular part
         for i, true in enumerate(texts):
             for said in texts[i % step :: step]:
-                if said == true:
-                    continue
-                pairs += 1
-                verdict = right(said, vocabulary[true])
-                if verdict and declare(said, vocabulary[true]):
-                    same.append([said, true])
-                elif verdict is None or verdict:
-                    failures.append(f"{kind}: {said!r} {called(verdict)} where the answer is {true!r}")
-    probes = Counter()
+                if said != true:
+                    pairs += 1
+                    ask(said, vocabulary[true], f"{kind}: {said!r}")
+    # of each meaning one answer
+    different = {kind: {meaning[kind][label(text)]: text for text in texts} for kind, texts in by_type.items()}
     for row in rows:
-        together = list(by_type[row.question_type])[:50]
-        together = {separator: separator.join(dict.fromkeys([*together, row.answer])) for separator in (" ", "; ")}
+        others = different[row.question_type]
+        together = list(dict.fromkeys([row.answer, *islice(others.values(), MOST_TOGETHER)]))
         tried = {"nothing": "", "spaces": " \n\t", "I don't know": "I don't know", "the question": row.question}
-        tried |= {"all answers": together[" "], "all answers as a set": together["; "]}
+        tried |= {"all answers": " ".join(together), "all answers as a set": "; ".join(together)}
         for name, said in tried.items():
-            if label(said) and declare(said, row):  # the data say that it is the answer, or there is one alone
-                continue
-            probes[name] += 1
-            verdict = right(said, row)
-            if verdict is None or verdict:
-                failures.append(
-                    f"{row.id}: {name} ({said[:60]!r}) {called(verdict)} where the answer is {row.answer!r}"
-                )
-    result = {"answers": answers, "pairs": pairs, "declared": len(same), "same": same[:200], "probes": dict(probes)}
-    return {**result, "failures": failures[:200], "failed": len(failures)}
+            alone = name.startswith("all answers") and len(others) == 1
+            if not (alone or (label(said) and declared(said, row))):  # or the data say that it is the answer
+                probes[name] += 1
+                ask(said, row, f"{row.id}: {name} ({said[:60]!r})")
+    result = {"answers": sum(map(len, by_type.values())), "pairs": pairs, "declared": len(same), "same": same[:200]}
+    return {**result, "probes": dict(probes), "failures": failures[:200], "failed": len(failures)}
 
 
 def print_audit(audit: dict) -> None:

@@ -754,7 +754,7 @@ def _shown(gallery: list[dict], media: list[dict], faults: list[str]) -> str:
     if media and seen < len(gallery):
         text = f"{seen:,} of {len(gallery):,} are shown with their pictures or sound, wrong ones first. "
     if any(entry["kind"] == "slices" for entry in media):
-        text += "Volumes are seen as by radiologists, from the feet, front and side: the patient’s right is on the left."
+        text += "Volumes are seen as by radiologists, from feet, front and side: the patient’s right is on the left."
     text = f'<p class="quiet">{text}</p>' if text else ""
     if faults:
         text += f"<details><summary>What is not shown</summary>{_list(faults)}</details>"

@@ -913,6 +913,7 @@ def exchange(rows: list[Row]) -> list[Row]:
 
     Within each kind (`media_kind`) media are put in order of their groups and passed on by as many places as the
     largest group has. Rows that share theirs get the same others: an image is still read once for all its questions.
+    Where a kind has one only, its rows are left out.
     """
     kinds = defaultdict(dict)  # kind -> media -> a row that shows them
     for row in rows:
@@ -921,15 +922,19 @@ def exchange(rows: list[Row]) -> list[Row]:
     other = {}
     for by_media in kinds.values():
         owners = list(by_media.values())
-        if len(owners) == 1:
-            raise SystemExit(f"--blind shuffled: nothing else of its kind to show {owners[0].id} ({owners[0].where})")
+        if len(owners) == 1:  # nothing else of its kind could be shown
+            print(f"--blind shuffled: questions about {owners[0].media[0]} are left out, the only one of its kind")
+            continue
         sizes = Counter(row.group for row in owners)
         order = random.Random(0).sample(list(sizes), len(sizes))
         owners.sort(key=lambda row: order.index(row.group))
         places = max(sizes.values()) % len(owners) or 1
         moved = owners[places:] + owners[:places]
         other |= {tuple(runtime.shown(row)): new for row, new in zip(owners, moved, strict=True)}
-    return [show(row, other[tuple(runtime.shown(row))]) if runtime.shown(row) else row for row in rows]
+    kept = [row for row in rows if not runtime.shown(row) or tuple(runtime.shown(row)) in other]
+    if not other:
+        raise SystemExit("--blind shuffled: there are no two media to exchange")
+    return [show(row, other[tuple(runtime.shown(row))]) if runtime.shown(row) else row for row in kept]
 
 
 def other_forms(row: Row) -> list[str]:
