@@ -1002,16 +1002,18 @@ def _nearest(texts: list[str], unseen: list[str]) -> dict[str, list[str]]:
     for i, text in enumerate(texts):
         for word in set(text.split()):
             holding[word].append(i)
+    holding = {word: np.array(where) for word, where in holding.items()}
     idf = {word: 1 + math.log(len(texts) / len(where)) for word, where in holding.items()}
     length = np.zeros(len(texts))
     for word, where in holding.items():
         length[where] += idf[word] ** 2
+    length = np.sqrt(np.maximum(length, 1e-12))  # 0 of an empty text
     found = {}
     for text in unseen:
         shared = np.zeros(len(texts))  # the length of the unseen text divides all alike: it is left out
         for word in set(text.split()) & holding.keys():
             shared[holding[word]] += idf[word] ** 2
-        cosine = shared / np.sqrt(np.maximum(length, 1e-12))
+        cosine = shared / length
         best = cosine.max(initial=0.0)
         found[text] = [texts[i] for i in np.flatnonzero(cosine >= best - 1e-9)] if best > 0 else []
     return found

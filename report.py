@@ -64,7 +64,7 @@ def read_run(folder: Path) -> dict:
         "mask": check.get("row"),
         "audit": check.get("scorer"),
         "gate": check.get("gate"),
-        "own": {name: value for name, value in results.items() if isinstance(value, int | float)},  # of its script
+        "own": {name: value for name, value in results.items() if isinstance(value, float)},  # of its script
         "split": results.get("split"),
         "decode": results.get("decode"),
         "script": config.get("script"),
