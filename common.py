@@ -17,7 +17,6 @@ import json
 import math
 import random
 import re
-import statistics
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -973,26 +972,39 @@ def score_answer(prediction, answer, type: str) -> dict[str, bool]:
     return {"exact": exact, "tolerant": tolerant}
 
 
+def answer_label(answer) -> str:
+    """An answer (None is "") in the form in which it is counted: normalised, the members of a set in order."""
+    return "; ".join(sorted(_members(answer)))
+
+
 def blind_answers(train: list[tuple], rows: list[tuple]) -> list[dict[str, str | None]]:
     """For each row what can be said without seeing anything, {floor: answer}, from the training split alone.
 
     `train` are (question type, question, its right answers), `rows` (question type, question). An answer is the most
     frequent in training to questions of the same "type"; to the same "question", in these words; to the "nearest"
     question, whose words, each weighted by how rare it is (idf), have the highest cosine. Where that was never asked,
-    or shares no word with any, it is the type's; None where training does not have the type.
+    or shares no word with any, it is the type's; of a type that training does not have, the most frequent of all.
+    {} without training.
     """
+    if not train:
+        return [{} for _ in rows]
     by_type, by_question = defaultdict(Counter), defaultdict(Counter)
+    everything, spelt = Counter(), defaultdict(Counter)  # "Yes" and "yes." are one answer, said as it mostly is
     for kind, question, answers in train:
-        by_type[kind].update(answers)
-        by_question[normalise(question)].update(answers)
+        labels = [answer_label(answer) for answer in answers]
+        for counter in (by_type[kind], by_question[normalise(question)], everything):
+            counter.update(labels)
+        for label, answer in zip(labels, answers, strict=True):
+            spelt[label][answer] += 1
     asked = {text: normalise(text) for _, text in rows}
     nearest = _nearest(list(by_question), [text for text in set(asked.values()) if text not in by_question])
     found = {}
     for kind, question in set(rows):
-        of_type, same = by_type.get(kind, Counter()), by_question.get(asked[question])
+        of_type, same = by_type.get(kind, everything), by_question.get(asked[question])
         similar = sum((by_question[text] for text in nearest.get(asked[question], [])), Counter())
         counts = {"type": of_type, "question": same or of_type, "nearest": same or similar or of_type}
-        found[kind, question] = {name: max(c, key=c.get) if c else None for name, c in counts.items()}
+        said = {name: spelt[counter.most_common(1)[0][0]] for name, counter in counts.items()}
+        found[kind, question] = {name: spellings.most_common(1)[0][0] for name, spellings in said.items()}
     return [found[row] for row in rows]
 
 
@@ -1019,29 +1031,28 @@ def _nearest(texts: list[str], unseen: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def clustered_interval(values: list, groups: list, resamples: int = 2000) -> list[float] | None:
+def clustered_interval(values: list, groups: list, lowest: float = 0.0, resamples: int = 2000) -> list[float] | None:
     """The 95 % interval [low, high] of the mean of `values` (n,), by a bootstrap over whole groups.
 
     The questions of one image or patient are not independent: resampled one by one they give an interval that is far
-    too narrow. None for a single group, which tells nothing about another. Where groups are few, plain percentiles are
-    too narrow as well; they are widened as a t interval is (Hesterberg 2015, "expanded percentile", section 4.4).
+    too narrow. To the groups two are added, of mean size, one of the highest value (1) and one of the `lowest` (0; of
+    differences -1), as Agresti and Coull (1998) do for a proportion: what was always right in thirty images may still
+    go wrong in the next. Without them the interval of few groups, or near 100 %, is far too short, too.
+    None for a single group, which tells nothing about another.
     """
     of = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     if len(of) < 2:
         return None
     index = np.array([of[group] for group in groups])
-    sums = np.bincount(index, np.asarray(values, dtype=float))  # (groups,)
-    sizes = np.bincount(index)
+    sizes = np.bincount(index).astype(float)  # (groups,)
+    size = sizes.mean()
+    sums = np.append(np.bincount(index, np.asarray(values, dtype=float)), [size, lowest * size])  # (groups + 2,)
+    sizes = np.append(sizes, [size, size])
     random, means = np.random.default_rng(0), []
     for _ in range(0, resamples, 100):  # a few at a time: memory does not grow with their number
-        drawn = random.integers(len(of), size=(100, len(of)))
+        drawn = random.integers(len(sums), size=(100, len(sums)))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    normal, freedom = statistics.NormalDist(), len(of) - 1
-    z = normal.inv_cdf(0.975)
-    # Student's t from the normal quantile (Abramowitz & Stegun 26.7.5)
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    tail = normal.cdf(-t * math.sqrt(len(of) / freedom))
-    return np.quantile(np.concatenate(means), [tail, 1 - tail]).tolist()
+    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
 def summarise(records: list[dict]) -> dict:
@@ -1050,7 +1061,8 @@ def summarise(records: list[dict]) -> dict:
     Every record counts, answered or not. A record has question_type, answer, group, correct, tolerant, where the
     answer has other forms also_right, and floors: whether each of `blind_answers` is right. Each entry has n, groups,
     exact, interval (see `clustered_interval`), tolerant, floors, and how far exact is above the best of these, with
-    the interval of that difference: of each record, right or not less floor right or not.
+    the interval of that difference: of each record, right or not less floor right or not. Which floor is the best is
+    told by these same records, to the floor's advantage.
 
     A type whose questions all have the same `candidates` has label figures, too, see `_label_figures`.
     """
@@ -1085,7 +1097,7 @@ def _accuracy(records) -> dict:
         **entry,
         "best_floor": best,
         "above_floor": float(above.mean()) if floors else None,
-        "above_floor_interval": clustered_interval(above, groups) if floors else None,
+        "above_floor_interval": clustered_interval(above, groups, lowest=-1.0) if floors else None,
     }
 
 
@@ -1142,7 +1154,7 @@ def results_table(results: dict) -> str:
     def interval(ends, sign="") -> str:
         return " – ".join(share(end, sign) for end in ends) if ends else "one group"
 
-    above = f"{'above best':>12}{'95 % interval':>17}" if floors else ""
+    above = f"{'above best':>12}{'95 % interval':>18}" if floors else ""
     lines = [f"{'':<{width + 6 + 8 + 16 + 10}}{'blind floors, by':>{10 * len(floors)}}"] if floors else []
     lines += [f"{'question type':<{width}}{'n':>6}{'exact':>8}{'95 % interval':>16}{'tolerant':>10}"]
     lines[-1] += "".join(f"{name:>10}" for name in floors) + above + "".join(f"{column:>10}" for column in extra)
@@ -1150,7 +1162,7 @@ def results_table(results: dict) -> str:
         line = f"{kind:<{width}}{r['n']:>6}{share(r['exact']):>8}{interval(r['interval']):>16}"
         line += f"{share(r['tolerant']):>10}" + "".join(f"{share(r['floors'][name]):>10}" for name in floors)
         if floors:
-            line += f"{share(r['above_floor'], '+'):>12}{interval(r['above_floor_interval'], '+'):>17}"
+            line += f"{share(r['above_floor'], '+'):>12}{interval(r['above_floor_interval'], '+'):>18}"
         for column in extra if r is not results["all"] else []:
             value = r.get(column)
             line += f"{f'{value:.3f}' if column == 'auroc' and value is not None else share(value):>10}"

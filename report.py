@@ -31,7 +31,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,19 +53,19 @@ def read_run(folder: Path) -> dict:
     records = read_records(path)
     config, results, check = (read_json(folder / f"{name}.json") for name in ("config", "results", "check"))
     settings = config.get("settings", {})
+    data = results.get("data", settings.get("data"))
     metrics = folder / "metrics.jsonl"
     return {
         "name": str(folder),
         "folder": folder,
-        "data": Path(settings["data"]) if settings.get("data") else None,
+        "data": Path(data) if data else None,
         "records": records,
         "metrics": [row for _, row in runtime.read_jsonl(metrics)[0]] if metrics.is_file() else [],
         "mask": check.get("row"),
         "audit": check.get("scorer"),
         "gate": check.get("gate"),
         "own": {name: value for name, value in results.items() if isinstance(value, float)},  # of its script
-        "split": results.get("split"),
-        "decode": results.get("decode"),
+        **{name: results.get(name) for name in ("split", "decode", "cut_off", "max_answer_tokens", "limit")},
         "script": config.get("script"),
         **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}, "git_commit": None}.items()},
         "settings": settings,
@@ -80,14 +79,14 @@ def read_json(path: Path) -> dict:
         raise SystemExit(f"{path}: not JSON ({error}); write it again with the script's --eval-only") from None
 
 
-RECORD = {"id", "group", "question_type", "question", "answer", "prediction", "correct", "tolerant"}
+RECORD = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "tolerant"}
 
 
 def read_records(path: Path) -> list[dict]:
     """The lines of a predictions.jsonl as a script writes it."""
     lines, problems = runtime.read_jsonl(path)
     for where, record in lines:
-        missing = sorted(RECORD - record.keys())
+        missing = sorted(RECORD - record.keys()) or [name for name in ("id", "question_type") if record[name] is None]
         if missing:
             text = f"no {', '.join(missing)}; predictions of other programs are read with --predictions and --test"
             problems.append(runtime.Problem(where, record.get("id"), text))
@@ -95,7 +94,6 @@ def read_records(path: Path) -> list[dict]:
         raise SystemExit("\n".join(map(str, problems[:20])))
     records = [record for _, record in lines]
     if not all("floors" in record for record in records):  # of an older version
-        print(f"{path} has no blind floors; answer again with --eval-only to have them")
         records = [{**record, "floors": {}} for record in records]
     return records
 
@@ -106,9 +104,18 @@ PREDICTED = {"id": ("id", "question_id"), "prediction": ("prediction", "predicte
 
 def read_rows(path: Path, split: str) -> list:
     """The questions of one file. Ends with what is wrong where lines cannot be read, or their answers say nothing."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file")
     rows, problems = rows_of(path.parent, ((split, where, entry) for where, entry in entries(path)))
-    empty = [row for row in rows if common.says_nothing(row.answer)]
-    problems += [runtime.Problem(row.where, row.id, f"the answer is empty ({row.answer!r})") for row in empty]
+    first = {}
+    for row in rows:
+        if not isinstance(row.answer, str | int | float) or common.says_nothing(row.answer):
+            problems.append(
+                Problem(row.where, row.id, f"the answer is empty or no text ({row.answer!r}); mend the row")
+            )
+        if first.setdefault(row.id, row) is not row and split == "test":
+            problems.append(Problem(row.where, row.id, f"duplicate ID, first used at {first[row.id].where}"))
+        row.answer = str(row.answer)
     if problems:
         raise SystemExit("\n".join(map(str, problems[:20])))
     return rows
@@ -128,6 +135,8 @@ def read_predictions(path: Path, test: list, train: list, fields: dict[str, str]
 
     A row that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
     """
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file")
     lines, problems = runtime.read_jsonl(path)
     said = {}
     known = {row.id.rpartition("/")[2]: row.id for row in test}  # "qa_1", too, of "002-004/qa_1"
@@ -141,18 +150,21 @@ def read_predictions(path: Path, test: list, train: list, fields: dict[str, str]
                 text = f"no field {' or '.join(theirs)}; name it with --fields {name}=…"
                 problems.append(runtime.Problem(where, None, text))
         name = known.get(str(found["id"]))
-        if found["id"] is not None and name is None:
+        if not isinstance(found["prediction"], str | int | float | None):
+            text = f"the prediction must be a text or null: {found['prediction']!r}"
+            problems.append(runtime.Problem(where, str(found["id"]), text))
+        if name is None:
             problems.append(runtime.Problem(where, str(found["id"]), "no row of --test has this ID"))
         elif name in said:
             problems.append(runtime.Problem(where, str(found["id"]), "answered twice; keep one line"))
-        said[name] = found["prediction"]
+        said[name] = None if found["prediction"] is None else str(found["prediction"])
     if problems:
         more = f"\n… and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise SystemExit("\n".join(map(str, problems[:20])) + more)
     training = [(row.question_type, row.question, forms(row)) for row in train]
-    blind = common.blind_answers(training, [(row.question_type, row.question) for row in test]) if train else []
+    blind = common.blind_answers(training, [(row.question_type, row.question) for row in test])
     records = []
-    for row, floors in zip(test, blind or [{}] * len(test), strict=True):
+    for row, floors in zip(test, blind, strict=True):
         record = {name: getattr(row, name) for name in ("id", "group", "media", "question_type", "question", "answer")}
         prediction = said.get(row.id)
         right = score(prediction, row)
@@ -193,6 +205,10 @@ def summarise_run(run: dict) -> dict:
             if count > 1
             else f"all rows are of one group, {of}, and share their media: there are no intervals"
         )
+    if not records[0]["floors"]:
+        notes.append("what can be said blindly is not known: give --train, or answer again with --eval-only")
+    if run.get("cut_off"):
+        notes.append(f"{run['cut_off']} answers were cut off before they ended: raise --max-answer-tokens")
     found = common.summarise(records)
     by_type = defaultdict(list)
     for record in records:
@@ -200,9 +216,10 @@ def summarise_run(run: dict) -> dict:
     for kind, part in by_type.items():
         found["types"][kind] |= label_figures(part) | scored_figures(part)
     found["all"] |= scored_figures(records, overall=True)
-    about = {"split": None, "decode": None, "git_commit": None, "argv": [], "versions": {}, "settings": {}, "own": {}}
+    about = {"split": None, "decode": None, "git_commit": None, "script": None}
+    about |= {"argv": [], "versions": {}, "settings": {}, "own": {}}
     about = {"name": run["name"]} | {name: run.get(name, unknown) for name, unknown in about.items()}
-    return {**about, "n": len(records), **found, "blind": {}, "notes": notes}
+    return {**about, **found, "n": len(records), "blind": {}, "notes": notes}
 
 
 def clips(records: list[dict]) -> list[int]:
@@ -227,13 +244,8 @@ def united(sets: list) -> dict:
     return {member: numbers.setdefault(root(member), len(numbers)) for member in list(parent)}
 
 
-def label(answer: str | None) -> str:
-    """An answer in the form in which it is a class: normalised, the members of a set in order."""
-    parts = str("" if answer is None else answer).split(";")
-    return "; ".join(sorted({common.normalise(part) for part in parts} - {""}))
-
-
-OTHER = "other"  # the column of what is none of the labels
+MOST_LABELS, MOST_CONFUSED = 200, 12  # listed in results.json; shown as a table of who is taken for whom
+OTHER = None  # what is none of the labels: no text, or an answer "other" would be taken for it
 
 
 def label_figures(records: list[dict]) -> dict:
@@ -241,24 +253,23 @@ def label_figures(records: list[dict]) -> dict:
 
     Labels are the true answers, each under its shortest form, and where all records allow the same candidates also
     those that never are the answer: such an empty class counts as zero, as does a label that is never predicted. A
-    prediction that is no label takes nobody's precision and misses its own label's recall. More than 12 labels have no
-    confusion table.
+    prediction that is no label takes nobody's precision and misses its own label's recall.
     """
     named = {}  # form -> label
     true = []
     for record in records:
-        own = [label(form) for form in [record["answer"], *record.get("also_right", [])]]
+        own = [common.answer_label(form) for form in [record["answer"], *record.get("also_right", [])]]
         true.append(min(own, key=len))
         named |= {form: true[-1] for form in own if form not in named}
     candidates = records[0].get("candidates") or []
     if any(record.get("candidates") != records[0].get("candidates") for record in records):
         candidates = []
     for candidate in candidates:
-        named.setdefault(label(candidate), label(candidate))
-    labels = sorted({*true, *(named[label(candidate)] for candidate in candidates)})
+        named.setdefault(common.answer_label(candidate), common.answer_label(candidate))
+    labels = sorted({*true, *(named[common.answer_label(candidate)] for candidate in candidates)})
     said = []
     for record, own in zip(records, true, strict=True):
-        other = named.get(label(record["prediction"]), OTHER)
+        other = named.get(common.answer_label(record["prediction"]), OTHER)
         said.append(own if record["correct"] else OTHER if other == own else other)
     pairs, n_true, n_said = Counter(zip(true, said, strict=True)), Counter(true), Counter(said)
     by_label = {}
@@ -268,15 +279,16 @@ def label_figures(records: list[dict]) -> dict:
         f1 = 2 * right / max(1, n_said[name] + n_true[name])  # 2 P R / (P + R)
         by_label[name] = {"n": n_true[name], "precision": precision, "recall": recall, "f1": f1}
     figures = {c: float(np.mean([entry[c] for entry in by_label.values()])) for c in ("precision", "recall", "f1")}
-    figures |= {"labels": labels, "per_label": by_label, "single_class": len(set(true)) == 1}
-    if len(labels) <= 12:
+    figures |= {"labels": labels[:MOST_LABELS], "single_class": len(set(true)) == 1}
+    figures |= {"per_label": {name: by_label[name] for name in labels[:MOST_LABELS]}}
+    if len(labels) <= MOST_CONFUSED:
         figures["confusion"] = [[pairs[name, other] for other in [*labels, OTHER]] for name in labels]
     return figures
 
 
 def scored_figures(records: list[dict], overall: bool = False) -> dict:
     """Calibration, and of one type the mean average precision, of the records whose candidates were scored."""
-    scored = [r for r in records if r.get("probabilities")]
+    scored = [r for r in records if r.get("probabilities") and r.get("candidates")]
     if not scored:
         return {}
     likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in scored]
@@ -340,7 +352,7 @@ def compare(a: dict, b: dict) -> dict | None:
 
     def difference(chosen: list[int]) -> dict:
         values = [pairs[i][0]["correct"] - pairs[i][1]["correct"] for i in chosen]
-        interval = common.clustered_interval(values, [groups[i] for i in chosen])
+        interval = common.clustered_interval(values, [groups[i] for i in chosen], lowest=-1.0)
         return {"n": len(values), "difference": float(np.mean(values)), "interval": interval}
 
     by_type = defaultdict(list)
@@ -377,8 +389,8 @@ def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
 # 3  The audit: a scorer proves that it takes no wrong answer for right
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_PAIRS = 500_000  # of a type
-MOST_TOGETHER = 50  # answers said in one
+MOST_PAIRS = 200_000
+MOST_TOGETHER = 20  # answers said in one
 
 
 def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
@@ -391,20 +403,21 @@ def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
     different answers of its type in one.
     """
     by_type = defaultdict(dict)  # type -> answer -> a row that it is right for
-    meant = defaultdict(lambda: [[label(word) for word in line] for line in synonyms])  # type -> what means the same
+    lines = [[common.answer_label(word) for word in line] for line in synonyms]
+    meant = defaultdict(lambda: list(lines))  # type -> what means the same
     for row in rows:
         for form in forms(row):
             by_type[row.question_type].setdefault(form, row)
-        meant[row.question_type].append([label(form) for form in forms(row)])
+        meant[row.question_type].append([common.answer_label(form) for form in forms(row)])
     meaning = {kind: united(sets) for kind, sets in meant.items()}
     pairs, same, failures, probes = 0, [], [], Counter()
 
     def declared(said: str, row) -> bool:
         of = meaning[row.question_type]
-        if of.get(label(said)) == of[label(row.answer)]:
+        if of.get(common.answer_label(said)) == of[common.answer_label(row.answer)]:
             return True
         option = re.sub(rf"^\s*{common.OPTION_LABEL}\s*", "", str(row.answer))  # "left" is enough for "(a) left"
-        return row.question_type == "mcq" and label(said) == label(option)
+        return row.question_type == "mcq" and common.answer_label(said) == common.answer_label(option)
 
     def ask(said: str, row, what: str) -> None:
         verdict = right(said, row)
@@ -414,25 +427,31 @@ def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
             called = "is left out" if verdict is None else "is called right"
             failures.append(f"{what} {called} where the answer is {row.answer!r}")
 
+    squares = sum(len(vocabulary) ** 2 for vocabulary in by_type.values())
     for kind, vocabulary in by_type.items():
         texts = list(vocabulary)
-        step = max(1, round(len(texts) ** 2 / MOST_PAIRS))  # of very many answers a regular part
+        step = max(1, -(-squares // MOST_PAIRS))  # of very many answers a regular part
         for i, true in enumerate(texts):
             for said in texts[i % step :: step]:
                 if said != true:
                     pairs += 1
                     ask(said, vocabulary[true], f"{kind}: {said!r}")
     # of each meaning one answer
-    different = {kind: {meaning[kind][label(text)]: text for text in texts} for kind, texts in by_type.items()}
+    different = {kind: {meaning[kind][common.answer_label(x)]: x for x in texts} for kind, texts in by_type.items()}
+    alike = defaultdict(list)  # rows that a scorer cannot tell apart are tried once, and counted
     for row in rows:
-        others = different[row.question_type]
-        together = list(dict.fromkeys([row.answer, *islice(others.values(), MOST_TOGETHER)]))
+        alike[row.question_type, row.question, *forms(row)].append(row)
+    for (kind, *_), part in alike.items():
+        row, others = part[0], list(islice(different[kind].values(), MOST_TOGETHER))
+        mine = meaning[kind][common.answer_label(row.answer)]
+        others = [text for text in others if meaning[kind][common.answer_label(text)] != mine]
+        # the right one in the middle: a text may be judged by how it begins, or by its conclusion
+        together = [*others, row.answer, *others]
         tried = {"nothing": "", "spaces": " \n\t", "I don't know": "I don't know", "the question": row.question}
-        tried |= {"all answers": " ".join(together), "all answers as a set": "; ".join(together)}
+        tried |= {"all answers": " ".join(together), "all answers as a set": "; ".join(together)} if others else {}
         for name, said in tried.items():
-            alone = name.startswith("all answers") and len(others) == 1
-            if not (alone or (label(said) and declared(said, row))):  # or the data say that it is the answer
-                probes[name] += 1
+            if not (common.answer_label(said) and declared(said, row)):  # or the data say that it is the answer
+                probes[name] += len(part)
                 ask(said, row, f"{row.id}: {name} ({said[:60]!r})")
     result = {"answers": sum(map(len, by_type.values())), "pairs": pairs, "declared": len(same), "same": same[:200]}
     return {**result, "probes": dict(probes), "failures": failures[:200], "failed": len(failures)}
@@ -930,31 +949,42 @@ MEDIA_BYTES = 8_000_000  # of thumbnails and sounds in a page
 def add_blind_runs(run: dict, found: dict) -> None:
     """Put what the same model answered without seeing into found["blind"], where RUN/blind has it."""
     for mode in ("blank", "shuffled"):
-        path = run["folder"] / "blind" / mode / "predictions.jsonl"
-        if path.is_file():
-            other = {"name": mode, "records": read_records(path)}
-            paired, numbers = compare(run, other), common.summarise(other["records"])["all"]
-            if not paired:
-                found["notes"].append(f"{mode}: answered other questions than the run; repeat it with --blind-runs")
+        folder = run["folder"] / "blind" / mode
+        if (folder / "predictions.jsonl").is_file():
+            answered = read_json(folder / "results.json")
+            records = {r["id"]: r for r in read_records(folder / "predictions.jsonl")}
+            other = {"name": mode, "records": [records[r["id"]] for r in run["records"] if r["id"] in records]}
+            paired = compare(run, other)
+            changed = [name for name in ANSWERED if answered.get(name) != run[name]]
+            if changed or not paired:
+                what = f"with another {changed[0]}" if changed else "other questions"
+                found["notes"].append(f"{mode}: was answered {what}; repeat it with --blind-runs")
                 continue
-            entry = {"exact": numbers["exact"], "interval": numbers["interval"]}
+            numbers = summarise_run(other)["all"]
+            entry = {"n": paired["n"], "exact": numbers["exact"], "interval": numbers["interval"]}
             entry |= {"difference": paired["all"]["difference"], "difference_interval": paired["all"]["interval"]}
             found["blind"][mode] = entry
-            if path.stat().st_mtime < (run["folder"] / "predictions.jsonl").stat().st_mtime:
-                found["notes"].append(f"{mode}: answered before the run's last answers; repeat it with --blind-runs")
+            if paired["n"] < found["n"]:
+                found["notes"].append(f"{mode}: {paired['n']} of {found['n']} questions could be asked so")
+
+
+ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # the same for a run and for its blind runs
 
 
 def start_blind_runs(run: dict) -> None:
     """Let the run's own script answer again, with nothing to see and with another group's media."""
-    script = Path(__file__).with_name(run["script"] or "")
-    if not script.is_file():
-        raise SystemExit(f"{run['name']}: config.json names {run['script']!r}, which is no script beside report.py")
+    script = Path(__file__).with_name(run["script"] or "no script")
+    if not script.is_file() or run["split"] is None:
+        text = f"config.json names {run['script']!r} and results.json the split {run['split']!r}"
+        raise SystemExit(f"{run['name']}: {text}; answer again first, with a script beside report.py")
     if run["settings"].get("overfit"):
         raise SystemExit(f"{run['name']} learned rows by heart: there is nothing to compare with")
     for mode in ("blank", "shuffled"):
-        again = ["--eval-only", "--resume", "auto", "--eval-split", run["split"], "--blind", mode]
-        command = [sys.executable, script, *run["argv"], *again]
-        print(f"--blind {mode}: {' '.join(map(str, command))}", flush=True)
+        again = ["--eval-only", "--resume", "auto", "--out", run["folder"], "--blind", mode, "--data", run["data"]]
+        again += [x for name in ANSWERED[1:] if run[name] for x in (f"--{name.replace('_', '-')}", run[name])]
+        command = [sys.executable, script, *run["argv"], *again, "--eval-split", run["split"]]
+        command = [str(word) for word in command]
+        print(f"--blind {mode}: {' '.join(command)}", flush=True)
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{run['name']}: --blind {mode} did not answer; its own message says why")
 
@@ -971,8 +1001,8 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
         "runs": found,
         "comparisons": [pair for pair in compared if pair],
         "seeds": seeds_of(runs, found),
-        "audit": audit or worst(run.get("audit") for run in runs),
-        "gate": next((run["gate"] for run in runs if run.get("gate")), None),
+        "audit": audit or worst(runs),
+        "gate": next(({**run["gate"], "run": run["name"]} for run in runs if run.get("gate")), None),
     }
     gallery, media, faults = [], [], []
     for number, run in enumerate(runs):
@@ -984,7 +1014,7 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
             kept = ("id", "question", "answer", "also_right", "prediction", "correct", "tolerant")
             entry = {name: record[name] for name in kept if name in record}
             entry |= {"run": number, "type": record["question_type"], "media": [len(media) + i for i in indices]}
-            gallery.append(entry | {"p": record.get("probabilities", {}).get(record["prediction"])})
+            gallery.append(entry | {"p": probability(record)})
         media += thumbs
         faults += missing
     masks = [{"run": run["name"], **run["mask"]} for run in runs if run.get("mask")]
@@ -997,9 +1027,18 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
     return result
 
 
-def worst(audits) -> dict | None:
-    """Of several audits the one with most failures."""
-    return max((audit for audit in audits if audit), key=lambda audit: audit["failed"], default=None)
+def probability(record: dict) -> float | None:
+    """Of what is said, where it is a candidate in its own words, or the right one in others."""
+    chances, said = record.get("probabilities") or {}, record["prediction"]
+    if said not in chances and record["correct"] and record.get("candidates"):
+        said = common.true_candidate(record)
+    return chances.get(said)
+
+
+def worst(runs: list[dict]) -> dict | None:
+    """Of the audits that scripts made of their own scorers the one with most failures."""
+    audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
+    return max(audits, key=lambda audit: audit["failed"], default=None)
 
 
 def write_report(folder: Path) -> None:
@@ -1023,7 +1062,8 @@ def print_result(result: dict) -> None:
         if best and best[0] <= 0:
             print("NOT above its best blind floor: the interval of the difference is not above zero")
         for mode, entry in run["blind"].items():
-            print(f"{mode} media: {entry['exact']:.1%}; seeing adds {difference_text(entry, 'difference_')}")
+            seen = f"seeing adds {difference_text(entry, 'difference_')}"
+            print(f"{mode} media: {entry['exact']:.1%} of {entry['n']} questions; {seen}")
         if "calibration" in run["all"]:
             print(f"expected calibration error {run['all']['calibration']['ece']:.3f}")
     for pair in result["comparisons"]:
@@ -1082,25 +1122,25 @@ def main(argv: list[str] | None = None) -> None:
             runtime.write_json(args.out / "results.json", {"gate": found, "faults": list(map(str, problems))})
         raise SystemExit(1 if found["findings"] or problems else 0)
     if args.predictions:
-        splits = {"test": read_rows(args.test, "test"), "train": read_rows(args.train, "train") if args.train else []}
-        fields, data = read_fields(args.fields), args.test.parent
-        runs = [{**read_predictions(args.predictions, *splits.values(), fields), "data": data, "split": "test"}]
-        rows = [row for part in splits.values() for row in part]
+        test, train = read_rows(args.test, "test"), read_rows(args.train, "train") if args.train else []
+        run = read_predictions(args.predictions, test, train, read_fields(args.fields))
+        audit = audit_scorer(lambda said, row: score(said, row)["exact"], test + train, read_synonyms(args.synonyms))
+        runs = [{**run, "data": args.test.parent, "split": "test", "gate": data_gate(args.test.parent, train + test)}]
+        print_gate(runs[0]["gate"])
     else:
-        runs = [read_run(folder) for folder in args.runs]
+        runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
         for run in runs if args.blind_runs else []:
             start_blind_runs(run)
-        rows = [SimpleNamespace(**{"also_right": [], **record}) for run in runs for record in run["records"]]
-    audit = worst(run.get("audit") for run in runs)  # of the scripts' own scorers, over the answers of all splits
-    audit = audit or audit_scorer(lambda text, row: score(text, row)["exact"], rows, read_synonyms(args.synonyms))
+        audit = worst(runs)
     result = write(runs, args.out, audit)
     print_result(result)
-    print_audit(audit)
+    if audit is None:
+        print("scorer: not audited by this run's script; its --check does that")
+    else:
+        print_audit(audit)
     print(f"wrote {args.out / 'report.html'}")
-    if audit["failed"]:
-        raise SystemExit(
-            "the scorer calls wrong answers right: mend it, or declare what means the same with --synonyms"
-        )
+    if audit and audit["failed"]:
+        raise SystemExit("the scorer calls wrong answers right: mend it, or declare what means the same in --synonyms")
 
 
 if __name__ == "__main__":

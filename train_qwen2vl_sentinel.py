@@ -713,6 +713,9 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     faults += found
     shared = runtime.overlaps(rows, digests)
     runtime.print_overlaps(shared)
+    scorer = runtime.on_first_rank(lambda: audit_scorer(lambda said, row: score(said, row)["exact"], rows))
+    print_audit(scorer)
+    fatal = fatal + [Problem("scorer", None, f"{failure}; mend `score`") for failure in scorer["failures"]]
     splits, trees, counts = {}, {}, {}
     for split in ("train", "val", "test"):
         bad = {p.where for p in faults}
@@ -738,13 +741,10 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     if first:
         tokens = runtime.row_tokens(text.tokenizer, first.prefix, *first.branches[0], text.media_ids)
         proof |= {"row": {"id": first.ids[0], "tokens": tokens}}
-    proof |= {"scorer": audit_scorer(lambda prediction, row: score(prediction, row)["exact"], rows)}
-    print_audit(proof["scorer"])
-    fatal = fatal + [Problem("scorer", None, text) for text in proof["scorer"]["failures"]]
-    if not args.eval_only:
-        proof |= {"gate": runtime.on_first_rank(lambda: data_gate(data, rows, digests))}
-        print_gate(proof["gate"])
-    runtime.report_check(Path(args.out) / "check.json", proof, fatal, faults, args.skip_bad)
+    proof |= {"scorer": scorer, "gate": runtime.on_first_rank(lambda: data_gate(data, rows, digests))}
+    print_gate(proof["gate"])
+    place = Path(args.out, "blind", args.blind) if args.blind else Path(args.out)
+    runtime.report_check(place / "check.json", proof, fatal, faults, args.skip_bad)
     if not (splits["train"] or args.eval_only or args.check):
         raise SystemExit(f"--data {data}: no training rows")
     if args.check:
@@ -913,10 +913,12 @@ def evaluate(model, prompts: list[Prompt], rows: list[Row], train_rows: list[Row
     results = common.summarise(records)
     cut = sum(not record.get("ended", True) for record in records)  # by --max-answer-tokens, before EOS
     results |= {"split": run.args.eval_split, "decode": run.args.decode, "cut_off": cut, **run.text.report}
+    results |= {"data": str(run.args.data), "max_answer_tokens": run.args.max_answer_tokens, "limit": run.args.limit}
     results |= {"questions_per_s": len(rows) / seconds}
     runtime.write_jsonl(run.folder / "predictions.jsonl", records)
     print(common.results_table(results))
-    results |= own_figures(model, prompts, records, run)
+    if not run.args.blind:
+        results |= own_figures(model, prompts, records, run)
     runtime.write_json(run.folder / "results.json", results)
     print(
         f"answered {len(rows)} questions in {seconds:.1f} s, {cut} cut off before EOS, listed in "
@@ -963,7 +965,7 @@ def exchange(rows: list[Row]) -> list[Row]:
         sizes = Counter(row.group for row in owners)
         order = random.Random(0).sample(list(sizes), len(sizes))
         owners.sort(key=lambda row: order.index(row.group))
-        places = max(sizes.values()) % len(owners) or 1
+        places = max(sizes.values()) % len(owners) or len(owners) // 2
         moved = owners[places:] + owners[:places]
         other |= {tuple(runtime.shown(row)): new for row, new in zip(owners, moved, strict=True)}
     kept = [row for row in rows if not runtime.shown(row) or tuple(runtime.shown(row)) in other]

@@ -104,6 +104,13 @@ def test_mean_average_precision_is_over_the_candidates_that_occur():
     assert "map" not in report.scored_figures(records, overall=True)
 
 
+def test_an_answer_other_is_not_taken_for_what_is_no_label():
+    records = [as_written("t", true, said) for true, said in [("other", "foo"), ("other", "bar"), ("polyp", "polyp")]]
+    found = report.label_figures([*records, as_written("t", "polyp", "garbage")])
+    assert found["labels"] == ["other", "polyp"] and found["confusion"] == [[0, 0, 2], [0, 1, 1]]
+    assert found["per_label"]["other"]["recall"] == 0
+
+
 def test_a_type_with_one_answer_only_is_flagged():
     records = [as_written("a", "yes", "yes"), as_written("a", "Yes.", "no"), as_written("b", "yes", "no")]
     records += [as_written("b", "no", "no")]
@@ -130,10 +137,10 @@ def test_one_group_alone_is_resampled_by_what_shares_no_media():
 
 
 def test_runs_are_compared_question_by_question():
-    a = [as_written("t", "yes", "yes", str(i), id=str(i)) for i in range(10)]
-    b = [{**r, "correct": i > 4} for i, r in enumerate(a)]
-    found = report.compare({"name": "a", "records": a}, {"name": "b", "records": b[:8]})
-    assert (found["n"], found["all"]["difference"]) == (8, pytest.approx(5 / 8))
+    a = [as_written("t", "yes", "yes", str(i), id=str(i)) for i in range(40)]
+    b = [{**r, "correct": i > 19} for i, r in enumerate(a)]
+    found = report.compare({"name": "a", "records": a}, {"name": "b", "records": b[:32]})
+    assert (found["n"], found["all"]["difference"]) == (32, pytest.approx(20 / 32))
     assert found["all"]["interval"][0] > 0 and found["types"].keys() == {"t"}
     other = [{**r, "question": "another"} for r in b]
     assert report.compare({"name": "a", "records": a}, {"name": "b", "records": other}) is None
@@ -214,6 +221,28 @@ def test_each_probe_finds_the_scorer_that_takes_it(kept):
 
     found = report.audit_scorer(lenient, ROWS)
     assert found["failed"] and all(f": {kept}" in text for text in found["failures"])
+
+
+def test_a_scorer_that_reads_the_beginning_or_the_conclusion_is_not_blamed_for_the_right_one():
+    """yes and no are often told by how a text begins: said among others, the right one stands in the middle."""
+    rows = [SimpleNamespace(**{**vars(ROWS[0]), "answer": answer}) for answer in ("Yes, it is.", "no", "yes")]
+
+    def begins(said, row):
+        return said.lower()[:2] == row.answer.lower()[:2] and said.strip() != ""
+
+    def ends(said, row):
+        return said.lower()[-2:] == row.answer.lower()[-2:] and said.strip() != ""
+
+    rows[0].also_right = ["yes"]
+    assert [report.audit_scorer(scorer, rows[1:])["failures"] for scorer in (begins, ends)] == [[], []]
+    assert report.audit_scorer(begins, rows)["failures"] == []
+
+
+def test_rows_that_are_alike_are_tried_once_and_counted(monkeypatch):
+    asked = []
+    rows = [SimpleNamespace(**{**vars(row), "id": f"{row.id} {i}"}) for row in ROWS for i in range(50)]
+    found = report.audit_scorer(lambda said, row: asked.append(said), rows)
+    assert found["probes"]["nothing"] == 450 and asked.count("") == 9
 
 
 def test_declared_synonyms_are_no_failure(tmp_path):
@@ -329,9 +358,28 @@ def test_what_a_predictions_file_has_wrong_is_named(published):
         of_others(published)
     assert f"predictions.jsonl:1001 (id {lines[3]['question_id']}): answered twice" in str(caught.value)
     assert "predictions.jsonl:1002 (id qa_9): no row of --test has this ID" in str(caught.value)
+    runtime.write_jsonl(path, [{**lines[0], "predicted_answer": ["no"]}, {**lines[1], "question_id": None}])
+    with pytest.raises(SystemExit) as caught:
+        of_others(published)
+    assert "the prediction must be a text or null: ['no']" in str(caught.value) and "(id None): no row" in str(
+        caught.value
+    )
     path.write_text("")
     with pytest.raises(SystemExit, match="the file holds no rows"):
         of_others(published)
+    path.unlink()
+    with pytest.raises(SystemExit, match="no such file"):
+        of_others(published)
+
+
+def test_test_rows_of_one_id_or_without_an_answer_are_refused(tmp_path):
+    rows = [{"id": "a", "question": "Is it?", "answer": answer} for answer in ("no", "yes", None, ["x"])]
+    runtime.write_jsonl(tmp_path / "test.jsonl", rows)
+    with pytest.raises(SystemExit) as caught:
+        report.read_rows(tmp_path / "test.jsonl", "test")
+    text = str(caught.value)
+    assert "test.jsonl:2 (id a): duplicate ID, first used at test.jsonl:1" in text
+    assert "test.jsonl:3 (id a): the answer is empty or no text (None)" in text and "(['x'])" in text
 
 
 def test_rows_without_a_prediction_count_as_wrong(published):
@@ -396,10 +444,7 @@ def test_several_runs_stand_side_by_side(trained, tmp_path, capsys):
 
 def test_blind_runs_show_the_script_s_model_nothing_or_another_s_media(demo_folder, trained, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(trained[0], out)
-    config = json.loads((out / "config.json").read_text())
-    config["argv"] = [str(out) if arg == str(trained[0]) else arg for arg in config["argv"]]
-    runtime.write_json(out / "config.json", config)
+    shutil.copytree(trained[0], out)  # a run that was moved
     before = (out / "predictions.jsonl").read_bytes()
     command = [sys.executable, ROOT / "report.py", out, "--blind-runs"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -407,7 +452,15 @@ def test_blind_runs_show_the_script_s_model_nothing_or_another_s_media(demo_fold
     assert (out / "predictions.jsonl").read_bytes() == before  # the run's own answers stay
     found = json.loads((out / "report/results.json").read_text())["runs"][0]
     assert found["blind"].keys() == {"blank", "shuffled"}
-    assert f"blank media: {found['blind']['blank']['exact']:.1%}; seeing adds" in done.stdout
+    assert f"blank media: {found['blind']['blank']['exact']:.1%} of 24 questions; seeing adds" in done.stdout
+    assert not (trained[0] / "blind").exists()
+    results = [json.loads((out / place / "results.json").read_text()) for place in ("", "blind/blank")]
+    assert [r["decode"] for r in results] == ["both", "both"] and "gate" in json.loads((out / "check.json").read_text())
+    # what was answered otherwise is not compared
+    runtime.write_json(out / "blind/blank/results.json", {**results[1], "decode": "free"})
+    report.main([str(out)])
+    found = json.loads((out / "report/results.json").read_text())["runs"][0]
+    assert found["blind"].keys() == {"shuffled"} and "blank: was answered with another decode" in found["notes"][-1]
     own, shuffled = (read_lines(out / place / "predictions.jsonl") for place in ("", "blind/shuffled"))
     assert [r["id"] for r in own] == [r["id"] for r in shuffled]
     assert all(a["media"] != b["media"] and a["group"] == b["group"] for a, b in zip(own, shuffled, strict=True))
@@ -481,7 +534,7 @@ def test_folders_that_hold_no_run_are_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"no predictions.jsonl; answer with the script's --eval-only"):
         report.main([str(tmp_path)])
     (tmp_path / "predictions.jsonl").write_text('{"id": "1", "prediction": "x"}\n')
-    with pytest.raises(SystemExit, match=r"predictions.jsonl:1 \(id 1\): no answer, correct, group"):
+    with pytest.raises(SystemExit, match=r"predictions.jsonl:1 \(id 1\): no answer, correct, group, media"):
         report.main([str(tmp_path)])
     (tmp_path / "predictions.jsonl").write_text("")
     with pytest.raises(SystemExit, match="holds no rows"):
@@ -498,7 +551,7 @@ def test_predictions_of_an_older_version_have_no_floors_and_say_so(trained, tmp_
         tmp_path / "run/predictions.jsonl", [{k: v for k, v in r.items() if k != "floors"} for r in records]
     )
     report.main([str(tmp_path / "run")])
-    assert "has no blind floors" in capsys.readouterr().out
+    assert "what can be said blindly is not known" in capsys.readouterr().out
 
 
 def test_a_run_below_its_floor_is_told_so(tmp_path, capsys):

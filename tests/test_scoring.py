@@ -619,9 +619,22 @@ def test_the_floors_are_what_training_says_without_an_image():
         {"type": "no", "question": "yes", "nearest": "yes"},  # the words count, not case and punctuation
         {"type": "no", "question": "no", "nearest": "yes"},  # never asked: its type's, and of the one about blood
         {"type": "pink", "question": "pink", "nearest": "pink"},  # no word in common with any
-        {"type": None, "question": "no", "nearest": "no"},  # a type that training does not have
-        {"type": None, "question": None, "nearest": None},
+        {
+            "type": "no",
+            "question": "no",
+            "nearest": "no",
+        },  # a type that training does not have: of all the most frequent
+        {"type": "no", "question": "no", "nearest": "no"},
     ]
+    assert common.blind_answers([], asked) == [{}] * 6  # without training nothing is known, which is not 0 %
+
+
+def test_a_floor_counts_answers_that_are_the_same_together():
+    """30 "Yes", 30 "yes." and 40 "no": whoever guesses says yes."""
+    train = [("t", "Is it?", [answer]) for answer in [*["Yes"] * 30, *["yes."] * 29, *["no"] * 40]]
+    train += [("s", "Which?", [answer]) for answer in ("red; pink", "pink;red", "pink;red", "red", "red")]
+    said = common.blind_answers(train, [("t", "Is it?"), ("s", "Which?")])
+    assert [answers["type"] for answers in said] == ["Yes", "pink;red"]
 
 
 def test_every_form_of_a_training_answer_is_counted():
@@ -663,7 +676,7 @@ def simulated(random, groups: int, right: float, cluster: float):
     return (random.random(len(of)) < rates[of]).astype(float), of.tolist()
 
 
-@pytest.mark.parametrize("groups", [15, 60])
+@pytest.mark.parametrize("groups", [30, 60])
 def test_the_interval_covers_the_truth_only_when_whole_groups_are_resampled(groups):
     """1,000 data sets whose true rate is known. 95 % must hold it; question by question it is under 80 %."""
     random, covered, alone = np.random.default_rng(7), 0, 0
@@ -677,10 +690,22 @@ def test_the_interval_covers_the_truth_only_when_whole_groups_are_resampled(grou
     assert alone < 800
 
 
+@pytest.mark.parametrize("groups", [2, 5, 30])
+@pytest.mark.parametrize("right", [0.5, 0.97, 0.99])
+def test_the_interval_is_not_too_short_for_few_groups_or_near_100_percent(groups, right):
+    """One question a group. Plain percentiles of 30 groups hold 97 % in only six of ten such data sets."""
+    random = np.random.default_rng(3)
+    found = [common.clustered_interval(random.random(groups) < right, list(range(groups)), 0, 500) for _ in range(300)]
+    assert sum(low <= right <= high for low, high in found) >= 0.93 * 300
+    low, high = common.clustered_interval([1] * groups, list(range(groups)))
+    assert low < 1 - 0.05 ** (1 / groups) / groups and high == 1.0
+
+
 def test_the_interval_of_a_difference_is_paired():
-    """Two floors of the same share: where they are right on the same questions, the difference is certain."""
+    """Two floors of the same share: where they are right on the same questions, the difference is nearly certain."""
     records = [record("t", "yes", "yes" if i % 2 else "no", i, {"type": "yes" if i % 2 else "no"}) for i in range(40)]
-    assert summarise(records)["all"]["above_floor_interval"] == [0.0, 0.0]
+    low, high = summarise(records)["all"]["above_floor_interval"]
+    assert -0.1 < low < 0 < high < 0.1
     crossed = [record("t", "yes", "yes" if i % 2 else "no", i, {"type": "no" if i % 2 else "yes"}) for i in range(40)]
     low, high = summarise(crossed)["all"]["above_floor_interval"]
     assert low < -0.2 and high > 0.2
@@ -701,8 +726,11 @@ def test_nothing_to_score_is_an_error():
 def test_table_shows_the_floors_beside_each_figure():
     blind = {"type": "no", "question": "yes", "nearest": "no"}
     records = [record("yes_no", "yes", prediction, i, blind) for i, prediction in enumerate(["yes", "no"])]
-    lines = results_table(summarise(records)).splitlines()
+    results = summarise(records)
+    lines = results_table(results).splitlines()
     assert lines[1].split()[:2] == ["question", "type"] and "above best" in lines[1]
-    shown = "yes_no 2 50.0% 0.0% – 100.0% 50.0% 0.0% 100.0% 0.0% -50.0% -100.0% – +0.0%"
+    interval = "{:.1%} – {:.1%}".format(*results["all"]["interval"])
+    above = "{:+.1%} – {:+.1%}".format(*results["all"]["above_floor_interval"])
+    shown = f"yes_no 2 50.0% {interval} 50.0% 0.0% 100.0% 0.0% -50.0% {above}"
     assert " ".join(lines[2].split()) == shown
     assert lines[3].startswith("all ") and lines[4].startswith("mean of types")

@@ -1130,6 +1130,13 @@ def test_labels_can_be_declared_for_conversations_that_declare_none(copy, tmp_pa
         assert row.label in (row.labels or [None])
 
 
+def test_a_question_said_back_is_no_answer():
+    row = SimpleNamespace(labels=["enlarged", "normal"], label="enlarged", question="Say whether they are enlarged.")
+    assert script.score("They are enlarged.", row)["exact"]
+    for said in (row.question, "say whether they are enlarged"):
+        assert not script.score(said, row)["exact"]
+
+
 def test_balanced_accuracy_scored_accuracy_and_auroc_are_those_of_their_definitions():
     chance = random.Random(0)
     for labels in (["a", "b"], ["a", "b", "c"]):
