@@ -29,6 +29,7 @@ PLAIN_STYLE = {
 }
 GRID = "#8888884d"
 MOST_POINTS = 1000
+MOST_PANELS = 12  # reliability diagrams
 
 
 def have_matplotlib() -> bool:
@@ -84,7 +85,8 @@ def _draw_accuracy(runs: list[dict]):
     keys = [Patch(color=_colour(i), label=_label(run["name"])) for i, run in enumerate(runs) if len(runs) > 1]
     keys.append(Line2D([], [], color="black", marker="|", linewidth=1, label="95 % interval"))
     floor = {"marker": "|", "markersize": 9, "markeredgewidth": 2.5, "linestyle": ""}
-    keys.append(Line2D([], [], color="black", label="best floor without images", **floor))
+    if any(run["all"]["floors"] for run in runs):
+        keys.append(Line2D([], [], color="black", label="best floor without images", **floor))
     figure.legend(handles=keys, loc="outside upper left", ncols=min(len(keys), 3), frameon=False, fontsize=8)
     return figure
 
@@ -93,15 +95,11 @@ def _draw_calibration(runs: list[dict]):
     """Reliability diagrams with the number of answers in each bin below; of several runs that of all questions."""
     from matplotlib.figure import Figure
 
-    panels = []
-    for i, run in enumerate(runs):
-        prefix = f"{_label(run['name'], 24)}: " if len(runs) > 1 else ""
-        found = [("all questions", run["all"])] if "calibration" in run["all"] else []
-        if len(runs) == 1 or not found:
-            found += [(_label(kind, 24), entry) for kind, entry in run["types"].items() if "calibration" in entry]
-        panels += [(prefix + name, entry["calibration"], _colour(i)) for name, entry in found]
+    panels = _calibration_panels(runs)
     if not panels:
         return None
+    most = sorted(range(len(panels)), key=lambda i: (not panels[i][3], -panels[i][1]["n"]))[:MOST_PANELS]
+    panels = [panels[i][:3] for i in sorted(most)]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(0.4 + 2.9 * columns, 3.5 * lines), layout="constrained")
@@ -128,11 +126,24 @@ def _draw_calibration(runs: list[dict]):
         below.set_ylim(0, 1.35 * max((b["n"] for b in bins), default=1))
         below.spines["left"].set_visible(False)
         if i + columns >= len(panels):  # the last of its column
-            below.set_xlabel("probability of the answer")
+            below.set_xlabel("its probability")
         if i % columns == 0:
-            above.set_ylabel("share answered rightly")
+            above.set_ylabel("share of right ones")
             below.set_ylabel("answers")
     return figure
+
+
+def _calibration_panels(runs: list[dict]) -> list[tuple]:
+    """(title, calibration, colour, of all questions?) of everything that has a calibration."""
+    panels = []
+    for i, run in enumerate(runs):
+        prefix = f"{_label(run['name'], 24)}: " if len(runs) > 1 else ""
+        found = [("all questions", run["all"])] if "calibration" in run["all"] else []
+        if len(runs) == 1 or not found:
+            found += [(_label(kind, 24), entry) for kind, entry in run["types"].items() if "calibration" in entry]
+        for name, entry in found:
+            panels.append((prefix + name, entry["calibration"], _colour(i), entry is run["all"]))
+    return panels
 
 
 def _draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
@@ -240,9 +251,12 @@ def write_figures(folder: Path, figures: dict) -> None:
 PICTURES = {".jpg", ".jpeg", ".png"}  # several of them in a row are the frames of a clip
 ANIMATIONS = {".gif", ".webp", ".apng"}
 VOLUMES = {".nii", ".gz", ".npy", ".npz"}
+KNOWN = PICTURES | ANIMATIONS | VOLUMES | {".wav"}
 HEIGHT, STRIP_HEIGHT, WIDEST = 112, 84, 448  # pixels
 MOST_FRAMES = 4
 MOST_PIXELS, MOST_MOVING_PIXELS, MOST_VOXELS = 50_000_000, 1_000_000_000, 2**27
+MOST_ALIKE = 5  # faults of one kind that are named
+NEEDS_NIBABEL = "volumes need pip install nibabel"
 MOST_SOUND = 400_000  # bytes, 12 seconds of 16 kHz
 
 
@@ -251,11 +265,16 @@ def thumbnails(folder: Path | None, records: list[dict], budget_bytes: int) -> t
 
     Wrong predictions come first, then right ones spread evenly over the records; when the budget (characters of all
     data URIs) is full, nothing more is opened. Sound is heavy, so pictures come before it, with three quarters of the
-    budget. What cannot be shown is left out; the faults name each file, and count what found no room.
+    budget. What cannot be shown is left out; the faults name some files of each kind of fault, and count the others.
     """
-    media, of, faults = [], [[] for _ in records], []
-    if folder is None:
-        return media, of, faults
+    media, of, faults = [], [[] for _ in records], {}  # faults: text -> its kind
+    named = {name for record in records for name in record["media"]}
+    if folder is None or not named:
+        return media, of, []
+    if not folder.is_dir():
+        where = "start report.py in the folder where the run was started"
+        return media, of, [f"the data folder {folder} is not here: {where}"]
+    unknown = sum(Path(name).suffix.lower() not in KNOWN for name in named)
     jobs = [(i, thing) for i, record in enumerate(records) for thing in _things(record["media"])]
     with_sound = any(kind == "sound" for _, (kind, _) in jobs)
     budgets = {False: budget_bytes * (0.75 if with_sound else 1), True: budget_bytes}  # of pictures; of all
@@ -273,7 +292,8 @@ def thumbnails(folder: Path | None, records: list[dict], budget_bytes: int) -> t
                 entry = _thumbnail(folder, *thing)
             except Exception as error:  # damaged files make a decoder raise anything
                 made[thing] = None
-                faults.append(_fault(folder, thing[1], error))
+                text = _fault(folder, thing[1], error)
+                faults[text] = _kind_of_fault(text, thing[1])
                 continue
             full[sound] = used + len(entry["src"]) > budgets[sound]
             if not full[sound]:
@@ -283,14 +303,36 @@ def thumbnails(folder: Path | None, records: list[dict], budget_bytes: int) -> t
         if made.get(thing) is not None:
             of[i].append(made[thing])
     left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
-    faults += [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
-    return media, of, faults
+    told = _few_of_each(faults)
+    told += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
+    told += [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
+    return media, of, told
 
 
 def _fault(folder: Path, names: tuple[str, ...], error: Exception) -> str:
-    """The error with the name of a file, but not with where on this machine it lies."""
+    """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice."""
     text = (str(error) or type(error).__name__).replace(f"{folder.resolve()}/", "")
-    return text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
+    text = re.sub(r"; [^;]*--skip-bad[^;]*$", "", text)
+    return text if text == NEEDS_NIBABEL or any(name in text for name in names) else f"{', '.join(names)}: {text}"
+
+
+def _kind_of_fault(text: str, names: tuple[str, ...]) -> str:
+    """The text without what differs from file to file: names and numbers."""
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "")
+    return re.sub(r"\d[\d,.]*", "0", text)
+
+
+def _few_of_each(faults: dict[str, str]) -> list[str]:
+    """The first faults of each kind, and how many more are like them."""
+    kinds = {}
+    for text, kind in faults.items():
+        kinds.setdefault(kind, []).append(text)
+    told = []
+    for texts in kinds.values():
+        told += texts[:MOST_ALIKE]
+        told += [f"… and {len(texts) - MOST_ALIKE:,} more like the last"] if len(texts) > MOST_ALIKE else []
+    return told
 
 
 def _things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -362,10 +404,14 @@ def _side_by_side(pictures: list[Image.Image], height: int = STRIP_HEIGHT, gap: 
 def _open_volume(path: Path) -> tuple[np.ndarray, tuple]:
     """The array and the distances of its voxels; of NIfTI files the first time point, x to the right, z up."""
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        import nibabel
-
+        try:
+            import nibabel
+        except ImportError:
+            raise ImportError(NEEDS_NIBABEL) from None
         image = nibabel.load(path)
         _refuse_large(image.shape[:3])
+        if not any(int(image.header.get(code, 0)) for code in ("qform_code", "sform_code")):
+            raise ValueError("no orientation: left and right are not known")  # nibabel would guess them
         while image.ndim > 3:
             image = image.slicer[..., 0]
         image = nibabel.as_closest_canonical(image)
@@ -427,10 +473,31 @@ MOST_LINES = 200  # of a list of findings
 MOST_LABELS = 40
 TEXT = "text"  # the class of a column that holds no numbers
 CALIBRATION = (
-    "Bars: the share of right answers among those given with about this probability; dots: their mean probability. On "
-    "the dashed line a model is right as often as it says. Below: how many answers. ECE is the mean distance from the "
-    "line, each answer counting the same."
+    "All is of the most probable candidate, which need not be the answer given. Bars: the share of right ones among "
+    "those of about this probability; dots: their mean probability. On the dashed line a model is right as often as it "
+    "says. Below: how many answers. ECE is the mean distance from the line, each answer counting the same."
 )
+MORE_CALIBRATION = (
+    f" Only {MOST_PANELS} diagrams are drawn, of all questions and of the types with most answers; the table of "
+    "accuracy has the ECE of the others."
+)
+FLOORS = (
+    "A floor is what a model that never sees an image gets: always the most frequent training answer of the question "
+    "type, that of the very same question, or the answer of the nearest, most similar training question. A run that is "
+    "not clearly above the best of the three has not shown that it sees."
+)
+HOW_TO_READ = {  # what it is about -> what a reader should know
+    "exact": "right is the answer, or another form of it that the data allow, apart from case and punctuation.",
+    "tolerant": "right is also a size that is close enough, and a count that stands alone in a sentence.",
+    "floors": "type, question and nearest are three ways to answer without seeing; the <u>best</u> one is underlined, "
+    "and is chosen on these same questions.",
+    "95 %": "the interval of a bootstrap over whole groups (patients, videos or images), to which one group all right "
+    "and one all wrong are added, so that it is not too short near 100 % or with few groups.",
+    "balanced, precision, recall, F1": "means over the labels, each counting the same.",
+    "scored": "the share where the most probable of the candidates is right.",
+    "AUROC, mAP": "how well probabilities set right candidates before wrong ones: 1 is perfect; AUROC 0.5 is chance.",
+    "ECE": "how far probabilities are, on average, from the share that is right: 0 is perfect.",
+}
 
 
 def page(report: dict, gallery: list, media: list, masks: list, figures: dict, faults: list = ()) -> str:
@@ -440,12 +507,14 @@ def page(report: dict, gallery: list, media: list, masks: list, figures: dict, f
     here, and in the browser set as text, never as HTML.
     """
     figure = {name: figure_svg(drawn) for name, drawn in figures.items()}
+    calibration = CALIBRATION
+    calibration += MORE_CALIBRATION if len(_calibration_panels(report["runs"])) > MOST_PANELS else ""
     sections = [
         ("accuracy", "Accuracy", _accuracy(report["runs"]) + _bars(figure)),
         ("blind", "Without the images", _blind(report["runs"])),
         ("comparisons", "Comparisons", _comparisons(report["comparisons"]) + _seeds(report["seeds"])),
         ("answers", "Answers given", _confusions(report["runs"])),
-        ("calibration", "Calibration", _figure(figure.get("calibration"), CALIBRATION)),
+        ("calibration", "Calibration", _figure(figure.get("calibration"), calibration)),
         ("curves", "Training", _figure(figure.get("curves"), f"At most {MOST_POINTS:,} points a curve.")),
         ("gallery", "Predictions", _gallery(report["runs"], gallery, media, faults)),
         ("masks", "What is learned", _masks(masks)),
@@ -457,7 +526,8 @@ def page(report: dict, gallery: list, media: list, masks: list, figures: dict, f
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in sections)
     title = _text(report["title"])
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:"
+    own = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()  # no other script runs
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{own}'; img-src data:; media-src data:"
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -481,28 +551,31 @@ def page(report: dict, gallery: list, media: list, masks: list, figures: dict, f
 
 
 def _accuracy(runs: list[dict]) -> str:
-    parts = []
+    parts, floors = [], any(run["all"]["floors"] for run in runs)
     if len(runs) > 1:
         columns = [("run", TEXT), ("n", ""), ("exact", ""), ("95 %", "range"), ("tolerant", ""), ("mean of types", "")]
-        columns += [("best floor", ""), ("above it", ""), ("95 %", "range")]
+        columns += [("best floor", ""), ("above it", ""), ("95 %", "range")] if floors else []
         rows = []
         for run in runs:
             cells = [_text(run["name"]), f"{run['n']:,}", *_exact(run["all"]), _percent(run["macro"]["exact"])]
-            rows.append([*cells, _percent(max(run["all"]["floors"].values(), default=None)), *_above(run["all"])])
+            best = _percent(max(run["all"]["floors"].values(), default=None))
+            rows.append([*cells, *([best, *_above(run["all"])] if floors else [])])
         parts.append(_table(columns, rows))
-    parts.append(
-        "<p>All shares in %. A floor is what a model that never sees an image gets: always the most frequent training "
-        "answer of the question type, that of the very same question, or the answer of the nearest, most similar "
-        "training question. A run that is not clearly above the best of the three has not shown that it sees.</p>"
-    )
+    parts.append(f"<p>All shares in %. {FLOORS if floors else ''}</p>{_how_to_read(floors)}")
     for run in runs:
         heading = f"<h3>{_text(run['name'])}</h3>" if len(runs) > 1 else f'<p class="run">{_text(run["name"])}</p>'
-        how = [f"{run['n']:,} questions"]
+        groups = run["all"]["groups"]
+        how = [f"{run['n']:,} questions", f"{groups:,} {'group' if groups == 1 else 'groups'}"]
         how += [f"{what} {_text(run[what])}" for what in ("split", "decode") if run.get(what)]
         how += [f"{_text(name)} {value:.4g}" for name, value in run["own"].items()]
-        parts += [heading, _lead(run["all"]), f'<p class="quiet">{", ".join(how)}</p>', _types_table(run)]
-        parts += [f'<p class="quiet">{_text(note)}</p>' for note in run["notes"]]
+        parts += [heading, _lead(run["all"]), *(f"<p>{_text(note)}</p>" for note in run["notes"])]
+        parts += [f'<p class="quiet">{", ".join(how)}</p>', _types_table(run)]
     return "".join(parts)
+
+
+def _how_to_read(floors: bool) -> str:
+    lines = [f"<li><b>{name}</b>: {text}</li>" for name, text in HOW_TO_READ.items() if floors or name != "floors"]
+    return f"<details><summary>How to read this</summary><ul>{''.join(lines)}</ul></details>"
 
 
 def _lead(entry: dict) -> str:
@@ -512,7 +585,7 @@ def _lead(entry: dict) -> str:
         share += f" ({_range(entry['interval'])})"
     above, interval = entry["above_floor"], entry["above_floor_interval"]
     if above is None:
-        return f'<p class="lead">{share}; what a blind guess would give is not known</p>'
+        return f'<p class="lead">{share}</p>'  # without floors; the notes say how to have them
     told = f"{_percent(abs(above))} points {'above' if above >= 0 else 'below'} the best floor"
     if interval:
         told += f" ({_signed_range(interval)})"
@@ -531,23 +604,26 @@ def _types_table(run: dict) -> str:
     everything = _with_ece(run["all"])
     extra = [f for f in EXTRA if any(entry.get(f) is not None for entry in (*entries.values(), everything))]
     columns = [("question type", TEXT), ("n", ""), ("exact", ""), ("95 %", "range"), ("tolerant", "")]
-    columns += [("type", "first"), ("question", ""), ("nearest", ""), ("points", "first"), ("95 %", "range")]
+    floors = bool(run["all"]["floors"])
+    if floors:
+        columns += [("type", "first"), ("question", ""), ("nearest", ""), ("points", "first"), ("95 %", "range")]
     columns += [(EXTRA[field], "first" if field == extra[0] else "") for field in extra]
     of_labels = sum(field in OF_LABELS for field in extra)
-    groups = [("", 5), ("floors", 3), ("above the best floor", 2)]
+    groups = [("", 5), ("floors", 3 * floors), ("above the best floor", 2 * floors)]
     groups += [("mean over the labels", of_labels), ("", len(extra) - of_labels)]
 
     def row(name: str, entry: dict) -> list[str]:
-        cells = [name, f"{entry['n']:,}", *_exact(entry), *_floors(entry), *_above(entry)]
+        cells = [name, f"{entry['n']:,}", *_exact(entry)]
+        cells += [*_floors(entry), *_above(entry)] if floors else []
         return cells + [(_number if field in PLAIN else _percent)(entry.get(field)) for field in extra]
 
     rows = []
     for kind, entry in entries.items():
         alone = ' <span class="badge">one answer only</span>' if entry.get("single_class") else ""
-        rows.append(row(_text(kind) + alone, entry))
+        rows.append(row(_name(kind) + alone, entry))
     macro = run["macro"]
-    mean = ["mean of types", "", _percent(macro["exact"]), "", _percent(macro["tolerant"]), *_floors(macro)]
-    mean += [_signed(macro["exact"] - max(macro["floors"].values()))] if macro["floors"] else []
+    mean = ["mean of types", "", _percent(macro["exact"]), "", _percent(macro["tolerant"])]
+    mean += [*_floors(macro), _signed(macro["exact"] - max(macro["floors"].values()))] if macro["floors"] else []
     totals = [row("all questions", everything), mean + [""] * (len(columns) - len(mean))]
     return _table(columns, rows, totals, groups)
 
@@ -591,20 +667,22 @@ def _figure(svg: str | None, caption: str) -> str:
 
 
 def _blind(runs: list[dict]) -> str:
-    columns = [("run", TEXT), ("images", TEXT), ("exact", ""), ("95 %", "range")]
+    columns = [("run", TEXT), ("images", TEXT), ("n", ""), ("exact", ""), ("95 %", "range")]
     columns += [("its own are above by", "first"), ("95 %", "range")]
-    names = {"blank": "blank", "shuffled": "those of other questions"}
+    names = {"blank": "blank", "shuffled": "those of another group"}
     rows = []
     for run in runs:
         if run["blind"]:
-            own = [_text(run["name"]), "its own", f"<b>{_percent(run['all']['exact'])}</b>"]
+            own = [_text(run["name"]), "its own", _count(run["n"]), f"<b>{_percent(run['all']['exact'])}</b>"]
             rows.append([*own, _range(run["all"]["interval"]), "", ""])
         for how, entry in run["blind"].items():
             interval = entry["difference_interval"]
             lost = entry["difference"] <= 0 or (interval and interval[0] <= 0)
             mark = '<span class="badge bad">no better than blind</span>' if lost else ""
-            cells = ["", _text(names.get(how, how)), _percent(entry["exact"]), _range(entry["interval"])]
-            rows.append([*cells, _signed(entry["difference"]), f"{_signed_range(interval)} {mark}"])
+            cells = ["", _text(names.get(how, how)), _count(entry.get("n")), _percent(entry["exact"])]
+            rows.append(
+                [*cells, _range(entry["interval"]), _signed(entry["difference"]), f"{_signed_range(interval)} {mark}"]
+            )
     if not rows:
         return ""
     return "<p>The same model, asked the same questions with other images.</p>" + _table(columns, rows)
@@ -614,7 +692,7 @@ def _comparisons(comparisons: list[dict]) -> str:
     columns = [("question type", TEXT), ("n", ""), ("points", ""), ("95 %", "range"), ("", TEXT)]
     parts = []
     for pair in comparisons:
-        entries = [*((_text(kind), entry) for kind, entry in pair["types"].items()), ("all questions", pair["all"])]
+        entries = [*((_name(kind), entry) for kind, entry in pair["types"].items()), ("all questions", pair["all"])]
         rows = [
             [name, f"{e['n']:,}", _signed(e["difference"]), _signed_range(e["interval"]), _better(pair, e["interval"])]
             for name, e in entries
@@ -622,7 +700,8 @@ def _comparisons(comparisons: list[dict]) -> str:
         parts.append(f"<h3>{_text(pair['a'])} minus {_text(pair['b'])}</h3>")
         parts.append(f'<p class="quiet">Paired over the {pair["n"]:,} questions that both answer.</p>')
         parts.append(_table(columns, rows[:-1], rows[-1:]))
-    return "".join(parts)
+    chance = "<p>Of 20 such lines one is expected to exclude zero by chance alone.</p>"
+    return chance + "".join(parts) if parts else ""
 
 
 def _better(pair: dict, interval: list | None) -> str:
@@ -630,7 +709,7 @@ def _better(pair: dict, interval: list | None) -> str:
         return "one group: not shown"
     if interval[0] <= 0 <= interval[1]:
         return "no difference shown"
-    return f"{_text(pair['a'] if interval[0] > 0 else pair['b'])} is better"
+    return f"{_text(pair['a'] if interval[0] > 0 else pair['b'])} is higher here"
 
 
 def _seeds(seeds: list[dict]) -> str:
@@ -638,7 +717,7 @@ def _seeds(seeds: list[dict]) -> str:
     columns = [("question type", TEXT), ("mean", ""), ("standard deviation", ""), ("least", ""), ("most", "")]
     for group in seeds:
         rows = [
-            [_text(kind), *(_percent(entry[field]) for field in ("mean", "sd", "least", "most"))]
+            [_name(kind), *(_percent(entry[field]) for field in ("mean", "sd", "least", "most"))]
             for kind, entry in [*group["types"].items(), ("all questions", group["all"])]
         ]
         names = f"{', '.join(map(_text, group['runs']))}; seeds {', '.join(map(_text, group['seeds']))}"
@@ -655,7 +734,7 @@ def _confusions(runs: list[dict]) -> str:
         parts += [f"<h3>{_text(run['name'])}</h3>"] if found and len(runs) > 1 else []
         for kind, entry in found:
             told = f"{entry['n']:,} questions, {_percent(entry['exact'])} % exactly right"
-            summary = f'<summary><b>{_text(kind)}</b> <span class="quiet">{told}</span></summary>'
+            summary = f'<summary><b>{_name(kind)}</b> <span class="quiet">{told}</span></summary>'
             parts.append(f"<details>{summary}{_confusion(entry)}</details>")
     note = (
         "<p>Rows are true answers. Cells are shaded by their share of the row, right ones blue, wrong ones orange.</p>"
@@ -667,7 +746,7 @@ def _confusion(entry: dict) -> str:
     labels, per_label = list(entry["labels"]), entry["per_label"]
     table = entry.get("confusion")
     columns = [("true answer", TEXT), ("n", "")]
-    columns += [(_text(label), "label") for label in labels] + [("<i>other</i>", "label")] if table else []
+    columns += [(_text(label), "label") for label in labels] + [("<i>(none of these)</i>", "label")] if table else []
     columns += [("precision", "first"), ("recall", ""), ("F1", "")]
     groups = [("", 2), ("answered", len(labels) + 1), ("", 3)] if table else None
     most = len(labels) if table else MOST_LABELS
@@ -717,7 +796,7 @@ def _gallery(runs: list[dict], gallery: list[dict], media: list[dict], faults: l
     data = {"states": STATES, "types": kinds, "runs": [run["name"] for run in runs], "rows": rows, "size": ON_A_PAGE}
     return f"""{_shown(gallery, media, faults)}
 <form class="controls" role="search" aria-label="Predictions">{controls}</form>
-<div class="found"><output id="count" aria-live="polite"></output>{pager}</div>
+<div class="found"><output id="count" aria-live="polite"></output><span id="printed"></span>{pager}</div>
 <noscript><p>The predictions need JavaScript.</p></noscript>
 <div id="cards"></div>
 {pager}
@@ -749,16 +828,28 @@ def _choice(name: str, options: list[tuple]) -> str:
 
 
 def _shown(gallery: list[dict], media: list[dict], faults: list[str]) -> str:
-    text = ""
+    """What the reader should know of the pictures: how many there are, how they lie, and which are missing."""
+    if faults and not media:
+        return f"<p>No pictures: {_text(faults[0])}</p>{_not_shown(faults[1:])}"
+    told = []
     seen = sum(bool(record["media"]) for record in gallery)
     if media and seen < len(gallery):
-        text = f"{seen:,} of {len(gallery):,} are shown with their pictures or sound, wrong ones first. "
-    if any(entry["kind"] == "slices" for entry in media):
-        text += "Volumes are seen as by radiologists, from feet, front and side: the patient’s right is on the left."
-    text = f'<p class="quiet">{text}</p>' if text else ""
-    if faults:
-        text += f"<details><summary>What is not shown</summary>{_list(faults)}</details>"
-    return text
+        told.append(f"{seen:,} of {len(gallery):,} are shown with their pictures or sound, wrong ones first.")
+    volumes = [entry["name"].lower() for entry in media if entry["kind"] == "slices"]
+    nifti = [name for name in volumes if name.endswith((".nii", ".nii.gz"))]
+    if volumes:
+        told.append("Of volumes only the middle slices are shown.")
+    if nifti:
+        told.append("NIfTI files are seen as by radiologists, from feet, front and side: the patient’s right is left.")
+    if len(nifti) < len(volumes):
+        told.append(".npy and .npz files do not say how they lie: they are taken as x to the right (RAS).")
+    if media:
+        told.append("The page contains pictures of the data: share it only as you may share these.")
+    return (f'<p class="quiet">{" ".join(told)}</p>' if told else "") + _not_shown(faults)
+
+
+def _not_shown(faults: list[str]) -> str:
+    return f"<details><summary>What is not shown</summary>{_list(faults)}</details>" if faults else ""
 
 
 def _masks(masks: list[dict]) -> str:
@@ -770,39 +861,58 @@ def _masks(masks: list[dict]) -> str:
         tokens = []
         for text, kind, count in mask["tokens"]:
             kind = kind if kind in kinds else "masked"
-            times = f" × {count:,}" if kind == "media" else ""
-            tokens.append(f'<span class="token {kind}">{_text(text).replace(chr(10), "↵" + chr(10))}{times}</span>')
+            times = f" × {count:,}" if count > 1 else ""
+            shown = text if kind == "media" else _readable(text)
+            tokens.append(f'<span class="token {kind}">{_text(shown)}{times}</span>')
         heading = f"<h3>{_text(mask['run'])}</h3>" if len(masks) > 1 else ""
         parts += [heading, f'<p class="quiet">Row {_text(mask["id"])}</p><div class="tokens">{"".join(tokens)}</div>']
-    legend = f"<p>Each box is a token, one of media as many as it says: {legend}</p>"
+    legend = f"<p>Boxes are tokens; × says how many: {legend}</p>"
     return legend + "".join(parts) if parts else ""
+
+
+def _readable(token: str) -> str:
+    """A token with its tokenizer's marks for a space and the end of a line as signs that readers know."""
+    for mark in ("▁", "Ġ"):
+        token = token.replace(mark, "·")
+    for mark in ("Ċ", "<0x0A>"):
+        token = token.replace(mark, "\n")
+    return token.replace("\n", "↵\n")
 
 
 def _audit(audit: dict | None) -> str:
     if not audit:
         return ""
-    failed = audit["failures"]
+    listed = audit["failures"]
+    failed = max(audit.get("failed") or 0, len(listed))  # the lists are cut, the totals are not
+    declared = max(audit.get("declared") or 0, len(audit["same"]))
     badge = '<span class="badge bad">failed</span>' if failed else '<span class="badge good">passed</span>'
     text = f"{audit['answers']:,} different answers, {audit['pairs']:,} pairs of them scored against each other. "
-    text += f"{audit['declared']:,} are right for each other: the same after normalising, or declared to be."
-    parts = [f"<p>{badge} {text}</p>"]
-    parts += [_list(failed)] if failed else []
+    text += f"{declared:,} are right for each other: the same after normalising, or declared to be."
+    why = "The scorer is asked what must be wrong: one that calls wrong answers right makes every figure here too high."
+    parts = [_of_run(audit), f"<p>{why}</p><p>{badge} {text}</p>"]
+    if failed:
+        parts.append(f"<p>{failed:,} wrong answers were called right or left out:</p>{_list(listed, failed)}")
     if audit["probes"]:
+        parts.append("<p>Each of these was given as the answer to every row; none may count as right.</p>")
         rows = [[_text(name), f"{n:,}"] for name, n in audit["probes"].items()]
         parts.append(_table([("probe", TEXT), ("rows tested", "")], rows))
     if audit["same"]:
         rows = [[_text(a), _text(b)] for a, b in audit["same"][:MOST_LINES]]
         table = _table([("answer", TEXT), ("is right for", TEXT)], rows)
-        more = _more(len(audit["same"]) - MOST_LINES, "pairs")
-        summary = f"<summary>{len(audit['same']):,} pairs that are right for each other</summary>"
+        more = _more(declared - len(rows), "pairs")
+        summary = f"<summary>{declared:,} pairs that are right for each other</summary>"
         parts.append(f"<details>{summary}{table}{more}</details>")
     return "".join(parts)
+
+
+def _of_run(found: dict) -> str:
+    return f'<p class="quiet">Of the run {_text(found["run"])}.</p>' if found.get("run") else ""
 
 
 def _gate(gate: dict | None) -> str:
     if not gate:
         return ""
-    parts = []
+    parts = [_of_run(gate)]
     if gate["findings"]:
         rows = [[_text(f["kind"]), _text(f["where"]), _text(f["text"])] for f in gate["findings"][:MOST_LINES]]
         parts.append(_table([("finding", TEXT), ("where", TEXT), ("", TEXT)], rows))
@@ -812,7 +922,7 @@ def _gate(gate: dict | None) -> str:
     splits = gate["splits"]
     if splits:
         kinds = list(dict.fromkeys(kind for split in splits.values() for kind in split["question_types"]))
-        rows = [[_text(kind), *(_count(s["question_types"].get(kind)) for s in splits.values())] for kind in kinds]
+        rows = [[_name(kind), *(_count(s["question_types"].get(kind)) for s in splits.values())] for kind in kinds]
         totals = [[what, *(_count(split[what]) for split in splits.values())] for what in ("questions", "files")]
         columns = [("question type", TEXT), *((_text(name), "") for name in splits)]
         parts += ["<h3>Splits</h3>", _table(columns, rows, totals), "<h3>Most frequent answers</h3>"]
@@ -842,7 +952,8 @@ def _settings(runs: list[dict]) -> str:
             rows.append([_text(name) + differs, *(f"<code>{value}</code>" for value in values)])
         if rows:
             parts.append(f"<details><summary>{title}</summary>{_table(columns, rows)}</details>")
-    commands = [shlex.join(map(str, run["argv"])) for run in runs if run["argv"]]
+    started = [[*(["python", run["script"]] if run.get("script") else []), *run["argv"]] for run in runs]
+    commands = [shlex.join(map(str, words)) for words in started if words]
     if commands:
         lines = "".join(f"<pre>{_text(command)}</pre>" for command in commands)
         parts.append(f"<details><summary>Commands</summary>{lines}</details>")
@@ -891,6 +1002,11 @@ def _text(value) -> str:
     return html.escape(str(value))
 
 
+def _name(kind: str) -> str:
+    """A question type, which may go on in the next line after each underscore."""
+    return _text(kind).replace("_", "_<wbr>")
+
+
 def _json(value) -> str:
     """JSON that may stand in a script element: nothing in it can end that element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -921,9 +1037,10 @@ def _signed_range(interval: list | None) -> str:
     return "" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
 
 
-def _list(lines: list[str]) -> str:
-    shown = "".join(f"<li>{_text(line)}</li>" for line in lines[:MOST_LINES])
-    return f"<ul>{shown}</ul>{_more(len(lines) - MOST_LINES, 'lines')}"
+def _list(lines: list[str], total: int = 0) -> str:
+    """The lines, and how many there are beside them: in all `total`, where the list itself is already cut."""
+    shown = [f"<li>{_text(line)}</li>" for line in lines[:MOST_LINES]]
+    return f"<ul>{''.join(shown)}</ul>{_more(max(total, len(lines)) - len(shown), 'lines')}"
 
 
 def _more(n: int, what: str) -> str:
@@ -1005,6 +1122,7 @@ button { cursor: pointer; }
 button:disabled { color: var(--quiet); opacity: .55; cursor: default; }
 .found { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center; gap: .5rem 1rem; }
 .pager { display: flex; align-items: center; gap: .75rem; font-variant-numeric: tabular-nums; font-size: .9rem; }
+#printed { display: none; }
 #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
   margin: 1rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; overflow: hidden;
@@ -1039,7 +1157,8 @@ button:disabled { color: var(--quiet); opacity: .55; cursor: default; }
   body { font-size: 10pt; }
   table { font-size: 7.5pt; }
   th, td { padding: .2rem .4rem; }
-  nav, .controls, .pager, audio { display: none !important; }
+  #printed { display: inline; }
+  nav, .controls, .pager, #count, audio { display: none !important; }
   .wide { overflow: visible; }
   tbody th { position: static; }
   section { padding: 1rem 0; }
@@ -1121,9 +1240,11 @@ SCRIPT = r"""
     page = Math.min(Math.max(page, 0), pages - 1);
     id("cards").replaceChildren(...found.slice(page * data.size, (page + 1) * data.size).map(card));
     id("count").textContent = `${number(found.length)} of ${number(rows.length)}`;
+    const told = `page ${number(page + 1)} of ${number(pages)}`, shown = id("cards").childElementCount;
+    id("printed").textContent = `${told}: ${number(shown)} of ${number(found.length)} predictions`;
     for (const pager of document.querySelectorAll(".pager")) {
       const [previous, place, next] = pager.children;
-      place.textContent = `page ${number(page + 1)} of ${number(pages)}`;
+      place.textContent = told;
       previous.disabled = page === 0;
       next.disabled = page === pages - 1;
     }
@@ -1146,9 +1267,13 @@ SCRIPT = r"""
     button.addEventListener("click", () => {
       page += Number(button.dataset.turn);
       show();
+      // A disabled button loses the focus: the other one takes it.
+      if (button.disabled) button.parentElement.querySelector("button:enabled").focus();
       if (id("cards").getBoundingClientRect().top < 0) id("gallery").scrollIntoView();
     });
   }
   choose();
+  // Back may fill in the form once more, after this has run; a page that was kept is as it was left.
+  addEventListener("pageshow", event => event.persisted || choose());
 })();
 """

@@ -11,8 +11,8 @@ import re
 import shlex
 import shutil
 import sys
-import time
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from PIL import Image
 import report_page
 
 TYPES = ("yes_no", "color", "count_numeric")
+NO_FIGURES = "the page is tried without its figures: matplotlib is not installed"
 DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
@@ -56,6 +57,14 @@ def a_run(name="runs/a", types=TYPES, **more):
         "argv": ["train.py", "--lr", "0.001"], "own": {"bleu": 95.04}, "versions": {"torch": "2.13"},
         "git_commit": "0123abc", **more,
     }  # fmt: skip
+
+
+def without_floors(run):
+    run = copy.deepcopy(run)
+    for entry in (*run["types"].values(), run["all"]):
+        entry |= {"floors": {}, "best_floor": None, "above_floor": None, "above_floor_interval": None}
+    run["macro"]["floors"] = {}
+    return run
 
 
 def a_report(*runs):
@@ -192,14 +201,58 @@ def test_files_that_are_missing_damaged_too_large_or_outside_are_left_out(media_
         media_folder, [record("1.jpg"), *map(record, bad), record("2.txt")], 10**6
     )
     assert of == [[0], *([[]] * 17)] and len(media) == 1
-    assert len(faults) == len(bad)
+    assert len(faults) == len(bad) + 1 and "1 file of no known kind" in faults
+    assert "missing.jpg is missing" in faults, "the advice for training is of no use here"
     for name in bad:
         assert any(name in fault for fault in faults), name
     assert not any(f"{media_folder}/" in fault for fault in faults), "where the data lie is nobody else's business"
 
 
-def test_without_a_data_folder_there_is_nothing_to_show():
+def test_without_a_data_folder_there_is_nothing_to_show(tmp_path, monkeypatch):
     assert report_page.thumbnails(None, [record("1.jpg")], 10**6) == ([], [[]], [])
+    monkeypatch.chdir(tmp_path)
+    media, of, faults = report_page.thumbnails(Path("data/mine"), [record("1.jpg")] * 3, 10**6)
+    advice = "start report.py in the folder where the run was started"
+    assert (media, of, faults) == ([], [[]] * 3, [f"the data folder data/mine is not here: {advice}"])
+    html = report_page.page(a_report(), a_gallery(3), [], [], {}, faults)
+    assert "<p>No pictures: the data folder data/mine is not here" in html and "What is not shown" not in html
+
+
+def test_faults_of_a_kind_are_counted_not_listed(media_folder, monkeypatch):
+    records = [record(f"gone{i}.jpg", f"video{i}.mp4", f"plain{i}") for i in range(1000)]
+    _, _, faults = report_page.thumbnails(media_folder, [record("0.jpg"), *records], 10**6)
+    assert faults[5:] == ["… and 995 more like the last", "2,000 files of no known kind"]
+    assert all(re.fullmatch(r"gone\d+\.jpg is missing", fault) for fault in faults[:5])
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    for i in range(9):
+        (media_folder / f"{i}.nii.gz").write_text("never looked at")
+    _, _, faults = report_page.thumbnails(media_folder, [record(f"{i}.nii.gz") for i in range(9)], 10**6)
+    assert faults == ["volumes need pip install nibabel"]
+
+
+def test_a_nifti_file_that_does_not_say_how_it_lies_is_not_shown(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed")
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        for codes in ((0, 0), (1, 0), (0, 1)):
+            image = kind(np.random.default_rng(0).random((12, 12, 12), np.float32), None)  # with eye(4): a code
+            image.header.set_qform(np.eye(4), codes[0])
+            image.header.set_sform(np.eye(4), codes[1])
+            nibabel.save(image, tmp_path / "scan.nii.gz")
+            media, _, faults = report_page.thumbnails(tmp_path, [record("scan.nii.gz")], 10**6)
+            assert bool(media) == any(codes)
+            assert faults == ([] if any(codes) else ["scan.nii.gz: no orientation: left and right are not known"])
+
+
+def test_what_is_left_is_said_only_of_files_that_know():
+    rows = [a_gallery(1)[0] | {"media": [0]}]
+    said = {}
+    for name in ("a.nii.gz", "a.npy", "a.jpg"):
+        kind = "image" if name == "a.jpg" else "slices"
+        html = report_page.page(a_report(), rows, [{"kind": kind, "src": DOT, "name": name}], [], {})
+        said[name] = ["patient’s right" in html, "x to the right (RAS)" in html, "only the middle slices" in html]
+        assert "share it only as you may share these" in html
+    assert list(said.values()) == [[True, False, True], [False, True, True], [False, False, False]]
+    assert "share it only" not in report_page.page(a_report(), rows, [], [], {})
 
 
 def test_when_the_budget_is_full_wrong_ones_are_shown_right_ones_evenly_and_no_file_is_opened_any_more(
@@ -250,6 +303,37 @@ def test_neither_sound_nor_pictures_take_all_the_room(media_folder):
 def drawn(*arguments):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     return report_page.draw_figures(*arguments)
+
+
+def test_the_floor_that_is_drawn_and_told_is_the_highest():
+    floors = {"type": 0.31, "question": 0.62, "nearest": 0.47}
+    one = figures() | {"floors": floors, "best_floor": "question"}
+    runs = [a_run(name, all=one, types=()) for name in "ab"]
+    html = report_page.page(a_report(*runs), [], [], [], {})
+    table = re.search(r"best floor</th>.*?</table>", html, re.DOTALL)[0]
+    assert table.count("<td>62.0</td>") == 2 and "31.0" not in table and "47.0" not in table
+    assert html.count("<u>62.0</u>") == 2, "it is underlined in the table of each run"
+    axes = drawn(a_report(*runs), {})["accuracy"].axes[0]
+    ticks = [list(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2.5]
+    assert ticks == [[0.62, 0.62]] * 2
+
+
+def test_at_most_twelve_reliability_diagrams_are_drawn_those_of_most_answers():
+    types = {f"type{i}": typed() for i in range(30)}
+    for i, entry in enumerate(types.values()):
+        entry["calibration"] = entry["calibration"] | {"n": i}
+    run = a_run() | {"types": types, "all": typed()}
+    found = drawn(a_report(run), {})
+    titles = [axes.get_title(loc="left").split("\n")[0] for axes in found["calibration"].axes]
+    assert [title for title in titles if title] == ["all questions", *(f"type{i}" for i in range(19, 30))]
+    assert "Only 12 diagrams are drawn" in report_page.page(a_report(run), [], [], [], found)
+    few = a_report()
+    assert "Only 12 diagrams" not in report_page.page(few, [], [], [], drawn(few, {}))
+
+
+def test_without_floors_nothing_is_said_of_them():
+    run = without_floors(a_run())
+    assert "floor" not in report_page.figure_svg(drawn(a_report(run), {})["accuracy"])
 
 
 def test_figures_are_written_for_papers_as_svg_and_png_on_white(tmp_path):
@@ -307,6 +391,7 @@ def test_without_matplotlib_the_page_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def plain(html):
+    html = html.replace("<wbr>", "")
     return re.sub(r"\s+", " ", re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", html, flags=re.DOTALL))
 
 
@@ -326,6 +411,48 @@ def test_blind_runs_that_do_as_well_and_types_with_one_answer_are_marked():
     run["types"]["color"]["single_class"] = True
     text = plain(report_page.page(a_report(run), [], [], [], {}))
     assert "no better than blind" in text and "color one answer only" in text
+
+
+def test_a_run_without_floors_has_no_columns_for_them_and_its_notes_come_first():
+    known = report_page.page(a_report(), [], [], [], {})
+    assert "A floor is what" in known and 'class="group">floors' in known and "60 groups" in known
+    run = without_floors(a_run(notes=["what can be said blindly is not known: give --train"]))
+    html = report_page.page(a_report(run, run | {"name": "b"}), [], [], [], {})
+    assert (
+        "A floor is what" not in html
+        and "<b>floors</b>" not in html
+        and 'class="group">floors' not in html
+        and "best floor</th>" not in html
+    )
+    assert re.search(r'<p class="lead">[^\n]*?</p><p>what can be said blindly is not known', html)
+    assert plain(html).index("How to read this") < plain(html).index("exactly right")
+
+
+def test_the_audit_tells_totals_of_lists_that_are_cut_and_whose_it_is():
+    told = a_report()
+    told["audit"] |= {"declared": 450, "failures": ["x"] * 200, "failed": 1234, "run": "runs/a"}
+    told["gate"]["run"] = "runs/b"
+    text = plain(report_page.page(told, [], [], [], {}))
+    assert "failed 9 different answers" in text and "1,234 wrong answers" in text and "and 1,034 more lines" in text
+    assert "450 pairs that are right for each other" in text and "and 449 more pairs" in text
+    assert "Each of these was given as the answer to every row; none may count as right." in text
+    assert "Of the run runs/a." in text and "Of the run runs/b." in text
+
+
+def test_masks_show_counts_and_readable_marks_of_tokenizers():
+    tokens = [["Ġa▁b", "learned", 1], ["Ċ", "masked", 1], ["<0x0A>", "masked", 1], ["images/1.jpg", "masked", 64]]
+    html = report_page.page(a_report(), [], [], [{"run": "a", "id": "1", "tokens": tokens}], {})
+    shown = re.findall(r'<span class="token \w+">([^<]*)</span>', html)[3:]
+    assert shown == ["·a·b", "↵\n", "↵\n", "images/1.jpg × 64"]
+
+
+def test_what_else_the_page_says():
+    run = a_run(script="train_x.py", types=("one_type",))
+    run["blind"] = {"shuffled": run["blind"]["blank"] | {"n": 77}}
+    html = report_page.page(a_report(run, a_run("b", script=None)), [], [], [], {})
+    assert "<pre>python train_x.py train.py --lr 0.001</pre><pre>train.py --lr 0.001</pre>" in html
+    assert "those of another group" in html and "<td>77</td>" in html and "(none of these)" in html
+    assert "one is expected to exclude zero by chance" in html and "one_<wbr>type" in html
 
 
 def test_sections_without_content_are_left_out_of_page_and_navigation():
@@ -391,16 +518,15 @@ def requests_of(driver):
 
 
 class Page:
-    """A page in the browser; `check` wants an empty console and no request to anything but the file."""
+    """A page in the browser; `check` wants an empty console and no request to anything but this one file."""
 
     def __init__(self, driver, folder, html):
         path = folder / "report.html"
         path.write_text(html, encoding="utf-8")
         driver.get("about:blank")
         requests_of(driver), driver.get_log("browser")
-        start = time.monotonic()
-        driver.get(path.as_uri())
-        self.seconds = time.monotonic() - start
+        self.uri = path.as_uri()
+        driver.get(self.uri)
         self.driver, self.run = driver, driver.execute_script
 
     def all(self, css):
@@ -432,7 +558,7 @@ class Page:
         assert self.driver.get_log("browser") == []
         asked = requests_of(self.driver)
         assert asked, "the log has the file itself"
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        assert [url for url in asked if url != self.uri and not url.startswith("data:")] == []
 
 
 def test_filters_and_search_leave_what_they_say(chromium, tmp_path):
@@ -536,9 +662,10 @@ def test_hostile_data_are_shown_as_text_and_run_nothing(chromium, tmp_path, bad)
     for css in ("h1", ".run, h3", "#type option", "#run option", ".token.media", "td", "tbody th", "code", "li"):
         assert any(bad in text for text in page.texts(css)), css
     assert page.texts("pre") == [shlex.quote(bad)] * 2
-    if found:
-        assert any(bad[:10].strip() in text for text in page.texts("svg text"))
     page.check()
+    if not found:
+        pytest.skip(NO_FIGURES)
+    assert any(bad[:10].strip() in text for text in page.texts("svg text"))
 
 
 def test_what_would_reach_the_network_is_seen_and_refused(chromium, tmp_path):
@@ -554,7 +681,7 @@ def test_what_would_reach_the_network_is_seen_and_refused(chromium, tmp_path):
     assert sum("Content Security Policy" in message for message in refused) >= 2
 
 
-def test_ten_thousand_predictions_with_pictures_stay_under_20_mb_and_are_filtered_at_once(chromium, tmp_path):
+def test_ten_thousand_predictions_with_pictures_stay_under_20_mb_and_are_filtered(chromium, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(40):
@@ -566,22 +693,16 @@ def test_ten_thousand_predictions_with_pictures_stay_under_20_mb_and_are_filtere
             f"Is there, in the lower half of the image shown, any instrument of kind {i} that touches the tissue?"
         )
         rows.append(row | {"question": question, "media": [f"{i}.jpg"]})
-    start = time.monotonic()
     media, of, _ = report_page.thumbnails(folder, rows, 8_000_000)
-    assert time.monotonic() - start < 60
     assert len(media) > 1000
     rows = [row | {"media": shown} for row, shown in zip(rows, of, strict=True)]
     html = report_page.page(a_report(), rows, media, [], {})
     assert 8_000_000 < len(html.encode()) < 20_000_000
     page = Page(chromium, tmp_path, html)
-    assert page.count() == "10,000 of 10,000" and page.seconds < 5
+    assert page.count() == "10,000 of 10,000"
     assert page.choose("result", "unanswered") == "1,000 of 10,000"
     assert page.search("kind 77") == "11 of 10,000"
-    took = page.run(
-        "const field = document.getElementById('search'), start = performance.now(); field.value = 'tissue';"
-        "field.dispatchEvent(new Event('input', {bubbles: true})); return performance.now() - start"
-    )
-    assert page.count() == "1,000 of 10,000" and took < 500
+    assert page.search("tissue") == "1,000 of 10,000"
     page.check()
 
 
@@ -609,13 +730,45 @@ def test_nothing_is_wider_than_the_screen_and_texts_stand_out_in_both_themes(chr
             for what in ("backgroundColor", "color")
         )
         assert (sum(paper) > 3 * 200) == (theme == "light") and abs(sum(paper) - sum(ink)) > 3 * 150
-        if found:
-            fill = page.run("return getComputedStyle(document.querySelector('svg text')).fill")
-            assert [int(x) for x in re.findall(r"\d+", fill)[:3]] == ink, "the figures' text has the page's colour"
         page.check()
+        if not found:
+            pytest.skip(NO_FIGURES)
+        fill = page.run("return getComputedStyle(document.querySelector('svg text')).fill")
+        assert [int(x) for x in re.findall(r"\d+", fill)[:3]] == ink, "the figures' text has the page's colour"
     finally:
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_no_script_runs_but_the_pages_own(chromium, tmp_path):
+    html = report_page.page(a_report(), a_gallery(), [], [], {})
+    page = Page(chromium, tmp_path, html.replace("</main>", "</main><script>window.ran = 1</script>"))
+    page.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))")
+    assert page.run("return window.ran") is None
+    assert sum("Content Security Policy" in entry["message"] for entry in chromium.get_log("browser")) == 2
+    assert page.count() == "60 of 60", "its own script runs"
+
+
+def test_going_back_shows_what_the_form_says(chromium, tmp_path):
+    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(), [], [], {}))
+    assert page.search("row_00007") == "1 of 60"
+    chromium.get("about:blank")
+    chromium.back()
+    left = page.run("return document.getElementById('search').value")
+    assert page.count() == ("1 of 60" if left else "60 of 60")
+    page.run("document.getElementById('search').value = 'row_00008'; dispatchEvent(new Event('pageshow'))")
+    assert page.count() == "1 of 60", "what the browser fills in is applied"
+
+
+def test_a_printed_page_says_that_it_is_one_of_several(chromium, tmp_path):
+    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(60), [], [], {}))
+    shown = "return ['count', 'printed'].map(n => getComputedStyle(document.getElementById(n)).display != 'none')"
+    assert page.texts("#printed") == ["page 1 of 3: 24 of 60 predictions"] and page.run(shown) == [True, False]
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert page.run(shown) == [False, True]
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_printing_unfolds_what_is_folded_and_folds_it_again(chromium, tmp_path):
@@ -643,5 +796,9 @@ def test_every_control_has_a_label_and_is_reached_by_keyboard(chromium, tmp_path
     assert reached[0] == "Next", "Previous is disabled on the first page"
     page.all(".pager button")[1].send_keys(Keys.ENTER)
     assert page.texts(".pager span")[0] == "page 2 of 5"
+    for _ in range(3):
+        page.all(".pager button")[1].send_keys(Keys.ENTER)
+    assert page.texts(".pager span")[0] == "page 5 of 5"
+    assert page.driver.switch_to.active_element.text == "Previous", "Next is disabled, and the focus is not lost"
     assert page.all("#count")[0].get_attribute("aria-live") == "polite"
     page.check()
