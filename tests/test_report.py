@@ -588,6 +588,19 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(demo_folder, tmp_path):
     assert len(events.Scalars("val_loss")) == 1
 
 
+def test_steps_that_are_taken_again_stand_in_tensorboard_once(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = SimpleNamespace(tensorboard=True, wandb=None)
+    for start, steps in ((0, (1, 2, 3)), (1, (2,))):  # stopped after step 3, gone on from the checkpoint of step 1
+        metrics = runtime.Metrics(tmp_path, start, 3, flags)
+        for step in steps:
+            metrics.write(step=step, val_loss=float(step + 10 * start))
+        metrics.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(1, 1.0), (2, 12.0)]
+
+
 def test_wandb_gets_the_numbers_and_a_resumed_run_goes_on(demo_folder, tmp_path, monkeypatch):
     """Against a stand-in for the package, which would want an account."""
     begun, logged = [], []
