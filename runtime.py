@@ -824,7 +824,8 @@ def read_jsonl(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
     """The objects of a JSON-lines file, each with its "file:line", and the lines that are none."""
     rows, problems = [], []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028 inside a text
+        # with a byte order mark or without; splitlines would also cut at U+2028 inside a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         return [], [Problem(path.name, None, f"not UTF-8 ({error}); convert the file")]
     for number, line in enumerate(lines, start=1):

@@ -419,3 +419,10 @@ def test_check_changes_nothing_but_check_json(folder):
     after = content()
     assert {p for p in after if p not in before} == {folder / "run" / "check.json"}
     assert all(after[p] == before[p] for p in before)
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    """As editors on Windows write UTF-8: the first line is a row like any other."""
+    (tmp_path / "train.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n', encoding="utf-8-sig")
+    rows, problems = runtime.read_jsonl(tmp_path / "train.jsonl")
+    assert [row["id"] for _, row in rows] == ["a", "b"] and problems == []
