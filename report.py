@@ -400,7 +400,7 @@ def audit_scorer(right, rows: list, synonyms: list[list[str]] = ()) -> dict:
     answer, question_type, and perhaps also_right. Of each type every two distinct answers are scored against each
     other. Those may be right that are the same after normalising, forms of one row's answer, or of one line of
     `synonyms`: counted as declared. For every row are scored nothing, spaces, "I don't know", the question itself, and
-    different answers of its type in one.
+    different answers of its type in one. Of more than MOST_PAIRS pairs a regular part is scored: `pairs` says how many.
     """
     by_type = defaultdict(dict)  # type -> answer -> a row that it is right for
     lines = [[common.answer_label(word) for word in line] for line in synonyms]

@@ -701,6 +701,13 @@ def test_the_interval_is_not_too_short_for_few_groups_or_near_100_percent(groups
     assert low < 1 - 0.05 ** (1 / groups) / groups and high == 1.0
 
 
+@pytest.mark.parametrize("groups", [15, 60])
+def test_the_interval_holds_near_100_percent_where_questions_go_wrong_together(groups):
+    random = np.random.default_rng(11)
+    found = [common.clustered_interval(*simulated(random, groups, 0.97, cluster=0.5), 0, 500) for _ in range(500)]
+    assert sum(low <= 0.97 <= high for low, high in found) >= 0.88 * 500
+
+
 def test_what_is_added_to_the_groups_is_worth_one_question_not_a_patient():
     """Of patients with 27 nearly independent questions each the interval is hardly wider than of single questions."""
     random = np.random.default_rng(5)
