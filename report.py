@@ -522,7 +522,7 @@ def data_gate(folder: Path, rows, digests: dict[str, str] | None = None) -> dict
     def look(name: str) -> tuple:
         try:
             digest = known.get(name) or runtime.file_sha256(runtime.inside(folder, name))
-            return digest, thumbnail(folder, name) if name in pictures else None, True
+            return digest, small_picture(folder, name) if name in pictures else None, True
         except (OSError, ValueError):  # whoever reads it for training says what is wrong with it
             return known.get(name), None, False
 
@@ -688,7 +688,7 @@ def shorten(text, longest: int = 80) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def thumbnail(folder: Path, name: str) -> np.ndarray | None:
+def small_picture(folder: Path, name: str) -> np.ndarray | None:
     """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises OSError, ValueError."""
     try:
         with Image.open(runtime.inside(folder, name), formats=["JPEG", "PNG"]) as image:
@@ -964,6 +964,8 @@ def add_blind_runs(run: dict, found: dict) -> None:
             entry = {"n": paired["n"], "exact": numbers["exact"], "interval": numbers["interval"]}
             entry |= {"difference": paired["all"]["difference"], "difference_interval": paired["all"]["interval"]}
             found["blind"][mode] = entry
+            if (folder / "predictions.jsonl").stat().st_mtime < (run["folder"] / "predictions.jsonl").stat().st_mtime:
+                found["notes"].append(f"{mode}: answered before the run's last answers; repeat it with --blind-runs")
             if paired["n"] < found["n"]:
                 found["notes"].append(f"{mode}: {paired['n']} of {found['n']} questions could be asked so")
 

@@ -673,6 +673,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     """
     if args.sentinels == "keep" and args.decode != "free":
         raise SystemExit("--sentinels keep: where an answer ends is not learned there; only --decode free is possible")
+    # ---- the files, and the scorer on the data's own answers ----
     rows, faults = read_data(data, args)
     found, text.measured, digests = runtime.check_media(data, rows, measure)
     faults += found
@@ -681,6 +682,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
     scorer = runtime.on_first_rank(lambda: audit_scorer(lambda said, row: score(said, row)["exact"], rows))
     print_audit(scorer)
     fatal = fatal + [Problem("scorer", None, f"{failure}; mend `score`") for failure in scorer["failures"]]
+    # ---- the rows ----
     splits, trees, counts = {}, {}, {}
     for split in ("train", "val", "test"):
         bad = {p.where for p in faults}
@@ -701,6 +703,7 @@ def check_data(data: Path, args, text, fatal: list[Problem]):
         print(f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts[split].items() if isinstance(n, int)))
     for tree in (trees["train"] or trees[args.eval_split])[:5]:
         runtime.print_learned(text.tokenizer, tree.ids[0], tree.prefix, *tree.branches[0])
+    # ---- check.json: what was found, what the splits share, how the first row is learned ----
     proof = {"splits": counts, "shared_with_earlier_splits": shared, **text.report}
     first = next((tree for part in trees.values() for tree in part), None)
     if first:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -456,11 +457,16 @@ def test_blind_runs_show_the_script_s_model_nothing_or_another_s_media(demo_fold
     assert not (trained[0] / "blind").exists()
     results = [json.loads((out / place / "results.json").read_text()) for place in ("", "blind/blank")]
     assert [r["decode"] for r in results] == ["both", "both"] and "gate" in json.loads((out / "check.json").read_text())
-    # what was answered otherwise is not compared
+    # what was answered earlier is said, what was answered otherwise is not compared
+    os.utime(out / "predictions.jsonl")
+    report.main([str(out)])
+    found = json.loads((out / "report/results.json").read_text())["runs"][0]
+    assert "shuffled: answered before the run's last answers; repeat it with --blind-runs" in found["notes"]
     runtime.write_json(out / "blind/blank/results.json", {**results[1], "decode": "free"})
     report.main([str(out)])
     found = json.loads((out / "report/results.json").read_text())["runs"][0]
-    assert found["blind"].keys() == {"shuffled"} and "blank: was answered with another decode" in found["notes"][-1]
+    assert found["blind"].keys() == {"shuffled"}
+    assert "blank: was answered with another decode; repeat it with --blind-runs" in found["notes"]
     own, shuffled = (read_lines(out / place / "predictions.jsonl") for place in ("", "blind/shuffled"))
     assert [r["id"] for r in own] == [r["id"] for r in shuffled]
     assert all(a["media"] != b["media"] and a["group"] == b["group"] for a, b in zip(own, shuffled, strict=True))
