@@ -492,7 +492,7 @@ HOW_TO_READ = {  # what it is about -> what a reader should know
     "floors": "type, question and nearest are three ways to answer without seeing; the <u>best</u> one is underlined, "
     "and is chosen on these same questions.",
     "95 %": "the interval of a bootstrap over whole groups (patients, videos or images), to which one group all right "
-    "and one all wrong are added, so that it is not too short near 100 % or with few groups.",
+    "and one all wrong are added, each worth one question, so that it is not too short near 100 % or with few groups.",
     "balanced, precision, recall, F1": "means over the labels, each counting the same.",
     "scored": "the share where the most probable of the candidates is right.",
     "AUROC, mAP": "how well probabilities set right candidates before wrong ones: 1 is perfect; AUROC 0.5 is chance.",
