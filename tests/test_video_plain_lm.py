@@ -42,7 +42,7 @@ from transformers import (
 import common
 import train_video_plain_lm as script
 from common import IGNORE, answering_prompt, pack
-from demo import motion_scene, random_motion
+from demo.motions import motion_scene, random_motion
 from train_video_plain_lm import TokenPacker, Video
 
 # 2 frames x 1 + 2 frames x 4 = 10 positions a video, so that tests are quick
