@@ -5,10 +5,9 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from demo.sizes import BAR
-
 FRAME = 224  # width and height of a drawn frame, in pixels
 GRID = 8  # image tokens along each side of it: 64 in all
+BAR = FRAME // GRID  # of a wide frame, black on the left and on the right: one column of tokens each
 RADIUS = 104  # of the endoscope's round field of view
 TEXT_BLOCK, GREEN_BOX = (0, 0, 80, 44), (4, 184, 40, 220)  # left, top, right, bottom
 COLORS = {

@@ -1,7 +1,5 @@
 """The sizes of the demos' models: tiny, in the real architectures."""
 
-from demo.scenes import FRAME, GRID
-
 # The usual 0.02 is meant for widths in the thousands; here it would mute every layer.
 INITIALIZER_RANGE = 0.1
 TEXT = {  # the language model, of all
@@ -48,4 +46,3 @@ DINOV2 = {
     "patch_size": 7,
     "initializer_range": 0.15,
 }
-BAR = FRAME // GRID  # of a wide frame, black on the left and on the right: one column of tokens each
