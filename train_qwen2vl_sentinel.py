@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
 import common
 from common import Prompt
@@ -70,8 +70,7 @@ def parse_arguments(argv):
 # Data: files -> examples
 # ------------------------------------------------------------------------------------------------------------
 
-IMAGE_FIELDS = ("image", "image_filename", "image_id", "img_id")
-FIELDS = {*IMAGE_FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group"}
+FIELDS = {*images.FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group"}
 
 
 def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
@@ -84,10 +83,7 @@ def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
     layouts.refuse_misspelt(entry, FIELDS)
-    name = next((str(entry[f]) for f in IMAGE_FIELDS if entry.get(f) not in (None, "")), None)
-    if name is None:
-        raise ValueError(f"no image; give one of {', '.join(IMAGE_FIELDS)}")
-    image = images.find(data, name)
+    image = images.named(data, entry)
     group = named(entry, "group", image)  # patient, video or procedure; the image where nothing else is known
     return Example(
         where=where,
@@ -114,12 +110,14 @@ class QwenTask(Task):
         super().__init__(args, models.tokenizer(folder))
         if args.sentinels == "keep" and args.decode != "free" and not args.merge:  # perhaps only the checkpoint says so
             raise SystemExit("--sentinels keep: the end of an answer is not supervised there; give --decode free")
-        vlm, self.image_id = meta_model(folder), None
+        config, self.image_id = models.config(folder, MODELS), None
         try:  # read from config.json, never computed
-            self.image_id = common.image_token_in_template(self.tokenizer, vlm.config)
+            self.image_id = common.image_token_in_template(self.tokenizer, config)
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_id from the original config.json")
         self.separate_pad()
+        with torch.device("meta"):  # without weights, for its own rule of positions
+            vlm = MODELS[config.model_type](config)
         self.images = images.QwenImages(folder, vlm, args.min_pixels, args.max_pixels)
         self.processor = self.images.processor
         args.min_pixels, args.max_pixels = self.images.pixels
@@ -205,18 +203,10 @@ class Qwen2VL(nn.Module):
         embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
         if media is not None:  # raises unless placeholders and features are equally many
             embeds = common.put_features(embeds, input_ids, self.image_id, self.image_features(media))
-        return self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return common.last_hidden(self.decoder, embeds, position_ids, mask, cache)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = common.visible(
-            batch["document"], batch["branch"]
-        )  # a question sees its image and itself, no other question
+        mask = common.visible(batch["document"], batch["branch"])  # a question sees its image and itself, no other
         hidden = self.hidden(batch["input_ids"], batch["position_ids"], mask, media=batch)
         return common.supervised_loss(hidden, self.lm_head, batch["labels"])
 
@@ -233,25 +223,18 @@ def choose_trained(vlm: Qwen2VLForConditionalGeneration, args) -> None:
     else:
         vlm.requires_grad_(False)
         for pattern in [LORA_PATTERN, VISION_PATTERN] if args.lora_vision else [LORA_PATTERN]:  # each must match
-            common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+            common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout)
     common.train_in_float32(vlm)
-
-
-def meta_model(folder: Path) -> Qwen2VLForConditionalGeneration:
-    """The model from its configuration alone, without weights: to count parameters and M-RoPE positions."""
-    config = models.config(folder, MODELS)
-    with torch.device("meta"):
-        return MODELS[config.model_type](config)
 
 
 def load_model(folder: Path, task: QwenTask, dtype: torch.dtype) -> Qwen2VL:
     """The model with what is trained chosen, still on the CPU: shards.place puts it on the device."""
-    config = AutoConfig.from_pretrained(folder)
+    config = models.config(folder, MODELS)
     vlm = models.open_model(MODELS[config.model_type], folder, config, dtype)  # a missing weight is refused
     models.refuse_short_window(vlm, task.args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
     choose_trained(vlm, task.args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, task.args)  # --compile, --grad-checkpoint
+    models.make_faster_or_smaller(vlm, vlm.model.language_model, task.args)  # --grad-checkpoint
     return Qwen2VL(vlm)
 
 

@@ -11,6 +11,17 @@ from _old import surg as _surg
 find, open_image, processor = _old.find_image, _old.open_image, _old.image_processor
 
 
+FIELDS = ("image", "image_filename", "image_id", "img_id")  # the usual names of an example's image
+
+
+def named(data, entry):
+    """The file of an entry's image, by whichever of its usual names. Raises ValueError where there is none."""
+    name = next((str(entry[field]) for field in FIELDS if entry.get(field) not in (None, "")), None)
+    if name is None:
+        raise ValueError(f"no image; give one of {', '.join(FIELDS)}")
+    return find(data, name)
+
+
 def size_of(processor):
     return _plain.frame_size(processor)
 
