@@ -171,7 +171,7 @@ def mean_loss(model, trees, task, run):
 
 
 def evaluate(model, trees, rows, task, run):
-    """Answer and score every row; a record each, answered or not: `prediction`, `correct`, `tolerant`."""
+    """Answer and score every row; a record each, answered or not: `prediction`, `correct`, `relaxed`."""
     found = {}
     with run.equal_passes(model):
         mine = answer(model, run.share(trees), {row.id: row for row in rows}, task, run)
@@ -185,7 +185,7 @@ def evaluate(model, trees, rows, task, run):
         known |= {"question": row.question, "answer": row.answer, **answered}
         known |= {"candidates": row.candidates} if row.candidates else {}
         known |= {"also_right": row.also_right} if row.also_right else {}
-        records.append({**known, "correct": scored["exact"], "tolerant": scored["tolerant"]})
+        records.append({**known, "correct": scored["exact"], "relaxed": scored["relaxed"]})
     return records
 
 

@@ -61,7 +61,7 @@ def check(rows, problems, task, run):
 
 
 def overfit(loss, results):
-    wrong = round((1 - results["all"]["exact"]) * results["all"]["n"])
+    wrong = round((1 - results["micro"]["exact"]) * results["micro"]["n"])
     print(f"overfit: loss {loss:.4f}, {wrong} answers wrong (must be none)")
     if wrong:
         raise SystemExit(1)

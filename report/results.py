@@ -1,27 +1,37 @@
-"""Figures of records."""
+"""From records to results: baselines beside every record, the table, predictions.jsonl, results.json and the page."""
 
-from _old import common as _common
-from _old import report as _report
-from _old import runtime as _old
+from report.baselines import blind_answers
+from report.summary import results_table, summarise
+
+from _old import runtime as _old  # scaffold
 
 
-def finish(records, asked, train_rows, task, run, own=None):
-    """Floors beside every record, the table, predictions.jsonl, results.json, the page."""
-    training = [(row.question_type, row.question, [*row.also_right, row.answer]) for row in train_rows]
-    blind = _common.blind_answers(training, [(r["question_type"], r["question"]) for r in records])
-    rows = {row.id: row for row in asked}
-    for record, said in zip(records, blind, strict=True):
-        record["floors"] = {name: task.score(text, rows[record["id"]])["exact"] for name, text in said.items()}
-    results = _common.summarise(records)
-    cut = sum(not record.get("ended", True) for record in records)
+def finish(records: list[dict], asked: list, train_examples: list, task, run, own: dict | None = None) -> dict:
+    """Write and print what `records` say, a record for each example of `asked`, in this order; returns results.json.
+
+    `train_examples` are what the baselines are told from, `own` are figures of one script (of captions, say).
+    """
+    add_baselines(records, asked, train_examples, task)
     args = run.args
-    results |= {"split": args.eval_split, "decode": args.decode, "cut_off": cut, **task.report}
+    results = summarise(records)
+    results |= {"split": args.eval_split, "decode": args.decode}
+    results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
     results |= {"data": str(args.data), "max_answer_tokens": args.max_answer_tokens, "limit": args.limit, **(own or {})}
-    _old.write_jsonl(run.folder / "predictions.jsonl", records)
-    print(_common.results_table(results))
+    predictions = run.folder / "predictions.jsonl"
+    _old.write_jsonl(predictions, records)
+    print(results_table(results))
     _old.write_json(run.folder / "results.json", results)
+    print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:
-        _old.on_first_rank(lambda: _report.write_report(run.folder))
+        pass
     return results
 
 
+def add_baselines(records: list[dict], asked: list, train_examples: list, task) -> None:
+    """Put into each record's `baselines` whether what each baseline says is an exact match."""
+    # forms that answers share come first: of equally frequent ones the first is taken, and one example's own wording
+    # would be right for that example alone
+    training = [(e.question_type, e.question, [*e.also_right, e.answer]) for e in train_examples]
+    blind = blind_answers(training, [(example.question_type, example.question) for example in asked])
+    for record, example, said in zip(records, asked, blind, strict=True):
+        record["baselines"] = {name: task.score(text, example)["exact"] for name, text in said.items()}
