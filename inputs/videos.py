@@ -1,49 +1,65 @@
-"""Videos: folders of frames, animations, arrays; and the features of a frozen tower on disk."""
+"""Videos and clips: which frames are shown, and reading them. A clip is a list of frames that the data name; a video is
+a folder of frames, an animation, an array, or a single picture.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from PIL import Image, ImageOps
 
-from _old import plain as _plain
-from _old import runtime as _old
-from _old import surg as _surg
+from inputs.files import file_sha256, inside, listed
 
-evenly = _surg.choose_frames  # (names, count)
-measure = _plain.measure
+FRAMES = (".jpg", ".jpeg", ".png")
+FILES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
 
-
-def frames(entry):
-    return _surg.find_frames(None, entry, published=False)
+# ---- which frames ----
 
 
-def find(data, video, fast, slow):
+def evenly(count: int, n: int) -> list[int]:
+    """n of `count` frames, the first and (of two or more) the last among them; all where there are no more than n.
+
+    One division, so that only a true half is rounded as one: 8 frames, 4 chosen, 7 / 3 apart, are 0 2 5 7.
+    """
+    if count <= n:
+        return list(range(count))
+    return [round(i * (count - 1) / max(1, n - 1)) for i in range(n)]
+
+
+def frames(entry: dict) -> list[str]:
+    """The files of a clip's frames, in the order of time. Raises ValueError where they are not, or no pictures."""
+    names, numbers = entry.get("frames"), entry.get("frame_numbers")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"frames must be a list of files, in the order of time: {names!r}")
+    if numbers is not None and (not isinstance(numbers, list) or [type(n) for n in numbers] != [int] * len(names)):
+        raise ValueError(f"frame_numbers must be an integer for each of the {len(names)} frames: {numbers!r}")
+    if numbers is not None and numbers != sorted(numbers):
+        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be learned wrongly")
+    if not all(name.lower().endswith(FRAMES) for name in names):
+        raise ValueError(f"frames must be files ending in {', '.join(FRAMES)}: {names}")
+    return names
+
+
+def find(data: Path, video: str, fast: int, slow: int) -> tuple[list[str], int | None]:
     """([its file], None), or of a folder (the frames that are read, how many it holds): frame_2 before frame_10."""
-    return _plain.find_video(data, video, SimpleNamespace(fast_frames=fast, slow_frames=slow))
+    files = listed(data, video)
+    known = FILES if files is None else FRAMES
+    wrong = [name for name in ([video] if files is None else files) if not name.lower().endswith(known)]
+    if wrong or files == []:
+        raise ValueError(f"{wrong[0] if wrong else video + ', an empty folder,'} is none of {', '.join(known)}")
+    return ([video], None) if files is None else ([files[i] for i in choose(len(files), fast, slow)[0]], len(files))
 
 
-def read_frames(data, files, wanted, contents=None):
-    """The `wanted` frames of a video, RGB. Raises ValueError where it is not what it was (sha256 `contents`)."""
-    if contents:
-        try:
-            now = [_old.file_sha256(_old.inside(data, name)) for name in files]
-        except OSError as error:
-            raise ValueError(f"{files[0]} cannot be read: {error}") from None
-        changed = [name for name, old, new in zip(files, contents, now, strict=True) if old != new]
-        if changed:
-            raise ValueError(f"{changed[0]} has changed since it was checked; start again")
-    if len(files) == 1:
-        frames = list(_plain.read_frames(data, files[0], wanted))
-    else:
-        frames = [frame for name in files for frame in _plain.read_frames(data, name)]
-    if len(frames) != len(wanted):
-        raise ValueError(f"{files[0]} has other frames than when it was checked; start again")
-    return frames
+def choose(count: int, fast: int, slow: int) -> tuple[list[int], list[int], list[int]]:
+    """Which of `count` frames are read, and which of these are on the fast and on the slow path."""
+    fast, slow = evenly(count, fast), evenly(count, slow)
+    read = sorted({*fast, *slow})
+    return read, [read.index(i) for i in fast], [read.index(i) for i in slow]
 
 
 class Media(NamedTuple):
-    """What a prompt tree shows: files, which frames of them are read, and which of these are on either path."""
+    """What a prompt tree shows: files, which frames of the video are read, and which of these are on either path."""
 
     files: list[str]
     frames: list[int]
@@ -51,32 +67,15 @@ class Media(NamedTuple):
     slow: list[int]
 
 
-@dataclass
-class Video:
-    """A video of a packed sequence: its pixels, or the features that the tower has already found in them."""
-
-    fast: list[int]  # which of its frames are on the fast path
-    slow: list[int]
-    pixels: torch.Tensor | None  # (frames, 3, height, width)
-    features: torch.Tensor | None  # (frames, patches, width of the tower)
-    cached_as: Path | None  # where its features belong
-
-    @property
-    def frames(self):
-        return len(self.features if self.pixels is None else self.pixels)
-
-    def keep(self, features):
-        """Into the cache, beside the name, then renamed: several ranks and runs may use one folder."""
-        if self.cached_as:
-            _plain.write_features(self.cached_as, features)
+# ---- reading them ----
 
 
-def choose(count, fast, slow):
-    """Which of `count` frames are read, and which of these are on the fast and on the slow path."""
-    return _plain.choose_frames(count, SimpleNamespace(fast_frames=fast, slow_frames=slow))
+def measure(data: Path, name: str) -> tuple[int, str]:
+    """(frames, sha256) of a file, each frame decoded."""
+    return sum(1 for _ in read_frames(data, name)), file_sha256(data / name)
 
 
-def count(files, of_folder, measured):
+def count(files: list[str], of_folder: int | None, measured: dict) -> int:
     """The frames of a video. Raises ValueError where a frame of a folder is itself an animation."""
     several = [name for name in files if measured[name][0] != 1]
     if of_folder and several:
@@ -84,24 +83,59 @@ def count(files, of_folder, measured):
     return of_folder or measured[files[0]][0]
 
 
-class Cache:
-    """Reads videos; with a folder, the features that a frozen tower has found in them before, instead of pixels."""
+def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Image.Image]:
+    """The frames of a video that are read, RGB. Raises ValueError where it has changed since it was measured.
 
-    def __init__(self, folder, processor):
-        self.folder, self.processor, self.tower = folder, processor, ""
+    A change is found by the number of frames, and with `contents`, a sha256 for each file, in all.
+    """
+    if contents:
+        changed = [name for name, known in zip(media.files, contents, strict=True) if digest(data, name) != known]
+        if changed:
+            raise ValueError(f"{changed[0]} has changed since it was checked; start again")
+    if len(media.files) == 1:
+        found = list(read_frames(data, media.files[0], media.frames))
+    else:
+        found = [frame for name in media.files for frame in read_frames(data, name)]
+    if len(found) != len(media.frames):
+        raise ValueError(f"{media.files[0]} has other frames than when it was checked; start again")
+    return found
 
-    def belongs_to(self, tower):
-        """The tower whose features these are, before it is put on a device: known by a digest of its weights."""
-        if self.folder and not next(tower.parameters()).is_meta:
-            self.tower = _plain.tower_digest(tower)
 
-    def read(self, data, media, measured):
-        contents, path = [measured[name][1] for name in media.files], None
-        if self.folder:  # the name says all that features depend on: tower, processor, the video's bytes, its frames
-            key = _old.fingerprint([self.tower, self.processor.to_dict(), contents, media.frames])
-            path = Path(self.folder) / key[:2] / f"{key}.safetensors"
-            features = _plain.read_features(path)
-            if features is not None:
-                return Video(media.fast, media.slow, None, features, path)
-        pictures = read_frames(data, media.files, media.frames, contents if self.folder else None)
-        return Video(media.fast, media.slow, self.processor(pictures, return_tensors="pt")["pixel_values"], None, path)
+def digest(data: Path, name: str) -> str:
+    """A file's sha256. Raises ValueError where it cannot be read."""
+    try:
+        return file_sha256(inside(data, name))
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
+
+
+def read_frames(data: Path, name: str, wanted=None, largest: int = 50_000_000) -> Iterator[Image.Image]:
+    """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
+    path = inside(data, name)
+    try:
+        yield from (read_array if path.suffix.lower() == ".npy" else read_animation)(path, wanted, largest)
+    except Exception as error:  # damaged files make a decoder raise anything
+        raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from None
+
+
+def read_array(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or frames.size == 0:
+        raise ValueError(f"{frames.dtype} of shape {frames.shape}, not uint8 (frames, height, width, 3)")
+    for i in range(len(frames)) if wanted is None else wanted:
+        yield Image.fromarray(np.array(frames[i]))
+
+
+def read_animation(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
+    with Image.open(path, formats=["GIF", "WEBP", "PNG", "JPEG"]) as image:
+        if image.width * image.height > largest:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
+        if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+            raise ValueError(f"colour mode {image.mode}; convert it to RGB")
+        # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
+        single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
+        count = 1 if single else getattr(image, "n_frames", 1) - first
+        for i in range(count) if wanted is None else wanted:
+            image.seek(first + i)
+            image.load()
+            yield ImageOps.exif_transpose(image).convert("RGB")
