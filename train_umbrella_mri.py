@@ -103,9 +103,11 @@ class Turn(Example):
 
 def read_examples(data: Path, args) -> tuple[list[Turn], list[Problem]]:
     """All examples of the folder, UMBRELLA's or plain questions, and the ones that cannot be used."""
-    examples, problems = choose(*collect(layouts.umbrella(data, args.supervise), partial(make_example, args)), args)
+    examples, problems = collect(layouts.umbrella(data, args.supervise), partial(make_example, args))
     labels.refuse_unused(args.task_labels, examples)
-    args.worded = labels.word(examples, args.worded)  # each label's candidate: an answer in the words of training
+    # which label each answer names, and each label's candidate: from all examples, so before --limit chooses
+    examples, unnamed, args.worded = labels.settle(examples, args.worded)
+    examples, problems = choose(examples, problems + unnamed, args)
     if not args.eval_only:
         shown = {volume.modality for example in examples if example.split == "train" for volume in example.volumes}
         args.embedded = sorted(shown.union(args.embedded))
@@ -128,8 +130,8 @@ def make_example(args, where: str, split: str, entry: dict) -> Turn:
         media=[name for volume in entry["volumes"] for name in volume.files],
         turns=entry["turns"],
         labels=allowed,
-        label=labels.true_label(fields["answer"], allowed, entry["metadata"]) if allowed else None,
-        **{**fields, "candidates": None},  # an answer for each label, once all examples are read: labels.word
+        label=labels.of_metadata(entry["metadata"], allowed) if allowed else None,
+        **{**fields, "candidates": None},  # an answer for each label, once all examples are read: labels.settle
     )
 
 

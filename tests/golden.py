@@ -21,8 +21,11 @@ FLAGS = {
     "llava_med": "--pack-tokens 512",
     "qwen2vl_sentinel": "--pack-tokens 1024 --decode both",
     "surg_video_vqa": "--pack-tokens 1280 --frames 4 --eval-frames 4 --target short_answer --audio-model DEMO/whisper",
-    "umbrella_mri": "--pack-tokens 512 --modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8x8x8x2 --decode score",
-    "video_plain_lm": "--pack-tokens 512 --vision-model DEMO/vision --fast-frames 2 --slow-frames 2 --slow-grid 6 --from-scratch",
+    # all examples: candidates come from all of training, where the first version took what --limit left
+    "umbrella_mri": "--limit 999 --pack-tokens 512 --decode score "
+    "--modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8x8x8x2",
+    "video_plain_lm": "--pack-tokens 512 --vision-model DEMO/vision --from-scratch "
+    "--fast-frames 2 --slow-frames 2 --slow-grid 6",
 }
 SMALL = {"umbrella_mri": ["--tune", "embedding+lora"]}
 # what carries another name now
