@@ -96,7 +96,6 @@ class Turn(Example):
 
     volumes: list[Volume]  # in the order in which they are shown
     turns: list[dict]  # what comes before the answer, as the chat template reads it
-    groups: list[str]  # the subjects; group, for intervals, is the first
     labels: list[str]  # one of them the answer names; none where it is any text
     label: str | None  # which
 
@@ -117,9 +116,8 @@ def read_examples(data: Path, args) -> tuple[list[Turn], list[Problem]]:
 def make_example(args, where: str, split: str, entry: dict) -> Turn:
     """The example of an assistant's turn. Raises ValueError saying what is wrong with it, and what to do."""
     volumes.refuse_undeclared(entry["volumes"], args)
-    declared = labels.declared(entry, args.task_labels)
-    fields = questions.fields({**entry, "answer_candidates": declared})
-    allowed = labels.proper(fields["candidates"]) if declared else []
+    fields = questions.fields(entry)
+    allowed = labels.declared(entry, args.task_labels)
     return Turn(
         where=where,
         split=split,
@@ -131,7 +129,7 @@ def make_example(args, where: str, split: str, entry: dict) -> Turn:
         turns=entry["turns"],
         labels=allowed,
         label=labels.of_metadata(entry["metadata"], allowed) if allowed else None,
-        **{**fields, "candidates": None},  # an answer for each label, once all examples are read: labels.settle
+        **fields | {"candidates": None},  # an answer for each label, once all examples are read: labels.settle
     )
 
 
@@ -158,7 +156,7 @@ class UmbrellaTask(Task):
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
         models.refuse_template(self, folder, IMAGE)
         for modality in self.modalities.values():
-            print(volumes.describe(modality, args.ragged))
+            print(modality.describe(args.ragged))
         tokens = {name: modality.tokens(args.ragged) for name, modality in self.modalities.items()}
         self.report |= {"image_token": self.image_id, "tokens": tokens}
         self.report |= {name: getattr(args, name) for name in (*volumes.SETTINGS, "supervise")}
@@ -256,7 +254,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, modality: Modality, ragged: str, width: int):
         super().__init__()
         self.modality, self.grid = modality, modality.grid(ragged)
-        self.around = volumes.padding(modality, ragged)
+        self.around = modality.padding(ragged)
         self.projection = nn.Linear(modality.channels * math.prod(modality.patch), width)
         self.position = nn.Embedding(math.prod(self.grid), width)
         nn.init.trunc_normal_(self.position.weight, std=0.02)
