@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report_page
+from report import drawing, thumbnails
+from report.page import page as html_of
 
 TYPES = ("yes_no", "color", "count_numeric")
 NO_FIGURES = "the page is tried without its figures: matplotlib is not installed"
 DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 
-def figures(n=40, exact=0.8, floor=0.5, **more):
-    floors = {"type": floor - 0.1, "question": floor - 0.05, "nearest": floor}
+def figures(n=40, exact=0.8, best=0.5, **more):
+    baselines = {"type": best - 0.1, "question": best - 0.05, "nearest": best}
     return {
-        "n": n, "groups": n // 2, "exact": exact, "tolerant": exact, "interval": [exact - 0.05, exact + 0.05],
-        "floors": floors, "best_floor": "nearest", "above_floor": exact - floor,
-        "above_floor_interval": [exact - floor - 0.06, exact - floor + 0.06], **more,
+        "n": n, "groups": n // 2, "exact": exact, "relaxed": exact, "interval": [exact - 0.05, exact + 0.05],
+        "baselines": baselines, "best_baseline": "nearest", "gain": exact - best,
+        "gain_interval": [exact - best - 0.06, exact - best + 0.06], **more,
     }  # fmt: skip
 
 
@@ -48,22 +49,23 @@ def typed(labels=("no", "yes"), **more):
 
 
 def a_run(name="runs/a", types=TYPES, **more):
-    floors = {"type": 0.4, "question": 0.45, "nearest": 0.5}
+    baselines = {"type": 0.4, "question": 0.45, "nearest": 0.5}
     short = {"exact": 0.5, "interval": [0.45, 0.55], "difference": 0.3, "difference_interval": [0.2, 0.4]}
     return {
-        "name": name, "n": 120, "split": "test", "decode": "free", "types": {kind: typed() for kind in types},
-        "all": figures(120), "macro": {"exact": 0.8, "tolerant": 0.8, "floors": floors}, "blind": {"blank": short},
+        "name": name, "n": 120, "split": "test", "decode": "greedy", "types": {kind: typed() for kind in types},
+        "micro": figures(120), "macro": {"exact": 0.8, "relaxed": 0.8, "baselines": baselines},
+        "blind": {"blank": short},
         "notes": ["Rows of a patient are drawn together."], "settings": {"lr": 0.001, "tune": "lora"},
         "argv": ["train.py", "--lr", "0.001"], "own": {"bleu": 95.04}, "versions": {"torch": "2.13"},
         "git_commit": "0123abc", **more,
     }  # fmt: skip
 
 
-def without_floors(run):
+def without_baselines(run):
     run = copy.deepcopy(run)
-    for entry in (*run["types"].values(), run["all"]):
-        entry |= {"floors": {}, "best_floor": None, "above_floor": None, "above_floor_interval": None}
-    run["macro"]["floors"] = {}
+    for entry in (*run["types"].values(), run["micro"]):
+        entry |= {"baselines": {}, "best_baseline": None, "gain": None, "gain_interval": None}
+    run["macro"]["baselines"] = {}
     return run
 
 
@@ -73,7 +75,7 @@ def a_report(*runs):
     difference = {"n": 40, "difference": 0.02, "interval": [-0.01, 0.05]}
     kinds = list(runs[0]["types"])
     pair = {"a": runs[0]["name"], "b": runs[-1]["name"], "n": 120, "types": dict.fromkeys(kinds, difference)}
-    seeds = {"runs": [r["name"] for r in runs], "seeds": [0, 1], "all": spread, "types": dict.fromkeys(kinds, spread)}
+    seeds = {"runs": [r["name"] for r in runs], "seeds": [0, 1], "micro": spread, "types": dict.fromkeys(kinds, spread)}
     split = {
         "questions": 120,
         "files": 60,
@@ -84,27 +86,32 @@ def a_report(*runs):
     finding = {"kind": "twice", "where": "test.jsonl:3", "text": "the same question twice"}
     return {
         "title": "A report", "runs": runs,
-        "comparisons": [pair | {"all": difference}] if len(runs) > 1 else [],
+        "comparisons": [pair | {"micro": difference}] if len(runs) > 1 else [],
         "seeds": [seeds] if len(runs) > 1 else [],
         "audit": audit,
-        "gate": {"findings": [finding], "splits": {"train": split, "test": split}},
+        "leakage": {"findings": [finding], "splits": {"train": split, "test": split}},
     }  # fmt: skip
 
 
 def a_gallery(n=60, runs=1):
-    """Of every ten one is unanswered, one wrong, one right only tolerantly, seven right; types in turn."""
+    """Of every ten one is unanswered, one wrong, one right by the relaxed match alone, seven right; types in turn."""
     rows = []
     for run, i in itertools.product(range(runs), range(n)):
         said = [None, "green", "two mm"][i % 10] if i % 10 < 3 else "yes"
         rows.append({
             "run": run, "id": f"row_{i:05}", "type": TYPES[i % 3], "question": f"Is number {i} shown?", "answer": "yes",
-            "prediction": said, "correct": i % 10 > 2, "tolerant": i % 10 > 1, "p": (i % 100) / 100, "media": [],
+            "prediction": said, "correct": i % 10 > 2, "relaxed": i % 10 > 1, "p": (i % 100) / 100, "media": [],
         })  # fmt: skip
     return rows
 
 
-def a_mask(run="runs/a"):
-    tokens = [["images/1.jpg", "media", 64], ["Is it?", "masked", 1], [" yes", "learned", 1], ["</s>", "learned", 1]]
+def an_example(run="runs/a"):
+    tokens = [
+        ["images/1.jpg", "media", 64],
+        ["Is it?", "masked", 1],
+        [" yes", "supervised", 1],
+        ["</s>", "supervised", 1],
+    ]
     return {"run": run, "id": "row_00000", "tokens": tokens}
 
 
@@ -158,7 +165,7 @@ def test_every_kind_of_media_has_its_thumbnail(media_folder):
         record("0.jpg"), record("0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "say.wav"), record("a.gif"),
         record("a.webp"), record("a.png"), record("clip.npy"), record("volume.npy"), record("series.npz"),
     ]  # fmt: skip
-    media, of, faults = report_page.thumbnails(media_folder, records, 10**6)
+    media, of, faults = thumbnails.thumbnails(media_folder, records, 10**6)
     assert not faults
     kinds = [[media[i]["kind"] for i in shown] for shown in of]
     assert kinds == [["image"], ["strip", "sound"], ["strip"], ["strip"], ["strip"], ["strip"], ["slices"], ["slices"]]
@@ -174,7 +181,7 @@ def test_a_nifti_volume_is_shown_as_radiologists_see_it_the_patients_right_on_th
     voxels = np.zeros((40, 40, 40, 3), np.float32)
     voxels[2:8, 17:23, 30:38, 0] = 1  # the file's x runs to the left: this is far right, and high up
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1, 1, 1, 1])), tmp_path / "scan.nii.gz")
-    media, of, faults = report_page.thumbnails(tmp_path, [record("scan.nii.gz")], 10**6)
+    media, of, faults = thumbnails.thumbnails(tmp_path, [record("scan.nii.gz")], 10**6)
     assert not faults
     shown = np.asarray(decoded(media[of[0][0]]).convert("L"))[:, 114:226]  # the slice from the front
     rows, columns = np.nonzero(shown > 128)
@@ -192,12 +199,12 @@ def test_files_that_are_missing_damaged_too_large_or_outside_are_left_out(media_
     for name in ("text.png", "scan.nii.gz", "say.wav", "broken.gif", "broken.npz"):
         (media_folder / name).write_text("not what its name says")
     write_wav(media_folder / "long.wav", seconds=30)
-    monkeypatch.setattr(report_page, "MOST_PIXELS", 800 * 799)
+    monkeypatch.setattr(thumbnails, "MOST_PIXELS", 800 * 799)
     bad = [
         "../secret.jpg", str(outside), "link.jpg", "missing.jpg", "half.jpg", "large.png", "object.npy", "flat.npy",
         "text.png", "scan.nii.gz", "say.wav", "broken.gif", "broken.npz", "long.wav", "a\0b.jpg", "x" * 5000 + ".jpg",
     ]  # fmt: skip
-    media, of, faults = report_page.thumbnails(
+    media, of, faults = thumbnails.thumbnails(
         media_folder, [record("1.jpg"), *map(record, bad), record("2.txt")], 10**6
     )
     assert of == [[0], *([[]] * 17)] and len(media) == 1
@@ -209,25 +216,25 @@ def test_files_that_are_missing_damaged_too_large_or_outside_are_left_out(media_
 
 
 def test_without_a_data_folder_there_is_nothing_to_show(tmp_path, monkeypatch):
-    assert report_page.thumbnails(None, [record("1.jpg")], 10**6) == ([], [[]], [])
+    assert thumbnails.thumbnails(None, [record("1.jpg")], 10**6) == ([], [[]], [])
     monkeypatch.chdir(tmp_path)
-    media, of, faults = report_page.thumbnails(Path("data/mine"), [record("1.jpg")] * 3, 10**6)
-    advice = "start report.py in the folder where the run was started"
+    media, of, faults = thumbnails.thumbnails(Path("data/mine"), [record("1.jpg")] * 3, 10**6)
+    advice = "start python -m report in the folder where the run was started"
     assert (media, of, faults) == ([], [[]] * 3, [f"the data folder data/mine is not here: {advice}"])
-    html = report_page.page(a_report(), a_gallery(3), [], [], {}, faults)
+    html = html_of(a_report(), a_gallery(3), [], [], {}, faults)
     assert "<p>No pictures: the data folder data/mine is not here" in html and "What is not shown" not in html
 
 
 def test_faults_of_a_kind_are_counted_not_listed(media_folder, monkeypatch):
     records = [record(f"gone{i}.jpg", f"video{i}.mp4", f"plain{i}") for i in range(1000)]
-    _, _, faults = report_page.thumbnails(media_folder, [record("0.jpg"), *records], 10**6)
+    _, _, faults = thumbnails.thumbnails(media_folder, [record("0.jpg"), *records], 10**6)
     assert faults[5:] == ["… and 995 more like the last", "2,000 files of no known kind"]
     assert all(re.fullmatch(r"gone\d+\.jpg is missing", fault) for fault in faults[:5])
     monkeypatch.setitem(sys.modules, "nibabel", None)
     for i in range(9):
         (media_folder / f"{i}.nii.gz").write_text("never looked at")
-    _, _, faults = report_page.thumbnails(media_folder, [record(f"{i}.nii.gz") for i in range(9)], 10**6)
-    assert faults == ["volumes need pip install nibabel"]
+    _, _, faults = thumbnails.thumbnails(media_folder, [record(f"{i}.nii.gz") for i in range(9)], 10**6)
+    assert faults == ["NIfTI needs nibabel: pip install nibabel"]
 
 
 def test_a_nifti_file_that_does_not_say_how_it_lies_is_not_shown(tmp_path):
@@ -238,7 +245,7 @@ def test_a_nifti_file_that_does_not_say_how_it_lies_is_not_shown(tmp_path):
             image.header.set_qform(np.eye(4), codes[0])
             image.header.set_sform(np.eye(4), codes[1])
             nibabel.save(image, tmp_path / "scan.nii.gz")
-            media, _, faults = report_page.thumbnails(tmp_path, [record("scan.nii.gz")], 10**6)
+            media, _, faults = thumbnails.thumbnails(tmp_path, [record("scan.nii.gz")], 10**6)
             assert bool(media) == any(codes)
             assert faults == ([] if any(codes) else ["scan.nii.gz: no orientation: left and right are not known"])
 
@@ -248,11 +255,11 @@ def test_what_is_left_is_said_only_of_files_that_know():
     said = {}
     for name in ("a.nii.gz", "a.npy", "a.jpg"):
         kind = "image" if name == "a.jpg" else "slices"
-        html = report_page.page(a_report(), rows, [{"kind": kind, "src": DOT, "name": name}], [], {})
+        html = html_of(a_report(), rows, [{"kind": kind, "src": DOT, "name": name}], [], {})
         said[name] = ["patient’s right" in html, "x to the right (RAS)" in html, "only the middle slices" in html]
         assert "share it only as you may share these" in html
     assert list(said.values()) == [[True, False, True], [False, True, True], [False, False, False]]
-    assert "share it only" not in report_page.page(a_report(), rows, [], [], {})
+    assert "share it only" not in html_of(a_report(), rows, [], [], {})
 
 
 def test_when_the_budget_is_full_wrong_ones_are_shown_right_ones_evenly_and_no_file_is_opened_any_more(
@@ -262,9 +269,9 @@ def test_when_the_budget_is_full_wrong_ones_are_shown_right_ones_evenly_and_no_f
         os.link(media_folder / f"{i % 6}.jpg", media_folder / f"n{i}.jpg")
     records = [record(f"n{i}.jpg", correct=i % 40 != 39) for i in range(400)]
     opened = []
-    inside = report_page.runtime.inside
-    monkeypatch.setattr(report_page.runtime, "inside", lambda folder, name: opened.append(name) or inside(folder, name))
-    media, of, faults = report_page.thumbnails(media_folder, records, 250_000)
+    inside = thumbnails.inside
+    monkeypatch.setattr(thumbnails, "inside", lambda folder, name: opened.append(name) or inside(folder, name))
+    media, of, faults = thumbnails.thumbnails(media_folder, records, 250_000)
     used = sum(len(entry["src"]) for entry in media)
     assert 240_000 < used <= 250_000
     assert all(of[i] for i in range(39, 400, 40)), "wrong ones first"
@@ -277,7 +284,7 @@ def test_when_the_budget_is_full_wrong_ones_are_shown_right_ones_evenly_and_no_f
 
 
 def test_the_same_media_are_made_once(media_folder):
-    media, of, _ = report_page.thumbnails(media_folder, [record("1.jpg", "2.jpg")] * 50, 10**6)
+    media, of, _ = thumbnails.thumbnails(media_folder, [record("1.jpg", "2.jpg")] * 50, 10**6)
     assert len(media) == 1 and of == [[0]] * 50
 
 
@@ -286,10 +293,10 @@ def test_neither_sound_nor_pictures_take_all_the_room(media_folder):
         os.link(media_folder / f"{i % 6}.jpg", media_folder / f"n{i}.jpg")
         write_wav(media_folder / f"n{i}.wav", seconds=0.2)
     records = [record(f"n{i}.jpg", f"n{i}.wav", correct=False) for i in range(60)]
-    pictures, _, _ = report_page.thumbnails(media_folder, [record(*r["media"][:1]) for r in records], 10**6)
+    pictures, _, _ = thumbnails.thumbnails(media_folder, [record(*r["media"][:1]) for r in records], 10**6)
     room = sum(len(entry["src"]) for entry in pictures)
     for budget, all_pictures in ((room, False), (2 * room, True)):
-        media, _, _ = report_page.thumbnails(media_folder, records, budget)
+        media, _, _ = thumbnails.thumbnails(media_folder, records, budget)
         kinds = [entry["kind"] for entry in media]
         assert (kinds.count("image") == 60) == all_pictures and kinds.count("image") > 30
         assert 0 < kinds.count("sound") < 60
@@ -302,15 +309,15 @@ def test_neither_sound_nor_pictures_take_all_the_room(media_folder):
 
 def drawn(*arguments):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    return report_page.draw_figures(*arguments)
+    return drawing.draw_figures(*arguments)
 
 
-def test_the_floor_that_is_drawn_and_told_is_the_highest():
-    floors = {"type": 0.31, "question": 0.62, "nearest": 0.47}
-    one = figures() | {"floors": floors, "best_floor": "question"}
-    runs = [a_run(name, all=one, types=()) for name in "ab"]
-    html = report_page.page(a_report(*runs), [], [], [], {})
-    table = re.search(r"best floor</th>.*?</table>", html, re.DOTALL)[0]
+def test_the_baseline_that_is_drawn_and_named_is_the_highest():
+    baselines = {"type": 0.31, "question": 0.62, "nearest": 0.47}
+    one = figures() | {"baselines": baselines, "best_baseline": "question"}
+    runs = [a_run(name, micro=one, types=()) for name in "ab"]
+    html = html_of(a_report(*runs), [], [], [], {})
+    table = re.search(r"best baseline</th>.*?</table>", html, re.DOTALL)[0]
     assert table.count("<td>62.0</td>") == 2 and "31.0" not in table and "47.0" not in table
     assert html.count("<u>62.0</u>") == 2, "it is underlined in the table of each run"
     axes = drawn(a_report(*runs), {})["accuracy"].axes[0]
@@ -322,24 +329,25 @@ def test_at_most_twelve_reliability_diagrams_are_drawn_those_of_most_answers():
     types = {f"type{i}": typed() for i in range(30)}
     for i, entry in enumerate(types.values()):
         entry["calibration"] = entry["calibration"] | {"n": i}
-    run = a_run() | {"types": types, "all": typed()}
+    run = a_run() | {"types": types, "micro": typed()}
     found = drawn(a_report(run), {})
     titles = [axes.get_title(loc="left").split("\n")[0] for axes in found["calibration"].axes]
     assert [title for title in titles if title] == ["all questions", *(f"type{i}" for i in range(19, 30))]
-    assert "Only 12 diagrams are drawn" in report_page.page(a_report(run), [], [], [], found)
+    assert "Only 12 diagrams are drawn" in html_of(a_report(run), [], [], [], found)
     few = a_report()
-    assert "Only 12 diagrams" not in report_page.page(few, [], [], [], drawn(few, {}))
+    assert "Only 12 diagrams" not in html_of(few, [], [], [], drawn(few, {}))
 
 
-def test_without_floors_nothing_is_said_of_them():
-    run = without_floors(a_run())
-    assert "floor" not in report_page.figure_svg(drawn(a_report(run), {})["accuracy"])
+def test_without_baselines_nothing_is_said_of_them():
+    run = without_baselines(a_run())
+    svgs = [drawing.figure_svg(drawn(a_report(of), {})["accuracy"]) for of in (run, a_run())]
+    assert ["best blind baseline" in svg for svg in svgs] == [False, True]
 
 
 def test_figures_are_written_for_papers_as_svg_and_png_on_white(tmp_path):
     found = drawn(a_report(a_run("runs/a"), a_run("runs/b")), curves_of("runs/a", "runs/b"))
     assert list(found) == ["accuracy", "calibration", "curves"]
-    report_page.write_figures(tmp_path / "figures", found)
+    drawing.write_figures(tmp_path / "figures", found)
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == sorted(
         f"{name}.{kind}" for name in found for kind in ("svg", "png")
     )
@@ -350,38 +358,38 @@ def test_figures_are_written_for_papers_as_svg_and_png_on_white(tmp_path):
 
 def test_figures_in_the_page_take_its_colour_and_share_no_id():
     found = drawn(a_report(), curves_of("runs/a"))
-    svgs = [report_page.figure_svg(figure) for figure in found.values()]
+    svgs = [drawing.figure_svg(figure) for figure in found.values()]
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in svgs]
     for svg, own in zip(svgs, ids, strict=True):
         assert "currentColor" in svg and "#000000" not in svg and "<style" not in svg and "<metadata" not in svg
         assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)) <= own, "whatever is referred to is there"
     assert not any(a & b for a, b in itertools.combinations(ids, 2))
     again = drawn(a_report(), curves_of("runs/a"))
-    assert svgs == [report_page.figure_svg(figure) for figure in again.values()], "the same bytes each time"
+    assert svgs == [drawing.figure_svg(figure) for figure in again.values()], "the same bytes each time"
 
 
 def test_curves_are_thinned_and_a_loss_that_is_not_finite_leaves_a_gap():
     curves = curves_of("runs/a", steps=50_000)
     curves["runs/a"][49_990:49_999] = [{"step": 49_999, "loss": float("nan"), "lr": 1e-4, "grad_norm": float("inf")}]
-    steps, values = report_page._series(curves["runs/a"], "loss")
+    steps, values = drawing.series(curves["runs/a"], "loss")
     assert 500 < len(steps) <= 1000 and steps[0] == 1 and steps[-1] == 49_999 and np.isnan(values[-1])
     curves["runs/a"][31_234]["loss"] = 77.0
-    assert 77.0 in report_page._series(curves["runs/a"], "loss")[1], "a spike of one step is what one looks for"
-    assert len(report_page.figure_svg(drawn(a_report(), curves)["curves"])) < 400_000
+    assert 77.0 in drawing.series(curves["runs/a"], "loss")[1], "a spike of one step is what one looks for"
+    assert len(drawing.figure_svg(drawn(a_report(), curves)["curves"])) < 400_000
 
 
 def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is():
     odd = ("$x^2$", r"$\nonsense$", "a\x00\nb", "#000000", "<b>")
-    svg = report_page.figure_svg(drawn(a_report(a_run(types=odd)), {})["accuracy"])
+    svg = drawing.figure_svg(drawn(a_report(a_run(types=odd)), {})["accuracy"])
     for text in ("$x^2$", r"$\nonsense$", "a  b", "#000000", "&lt;b&gt;"):
         assert f">{text}</text>" in svg
 
 
 def test_without_matplotlib_the_page_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report_page.draw_figures(a_report(), curves_of("runs/a")) == {}
-    report_page.write_figures(tmp_path / "figures", {})
-    html = report_page.page(a_report(), a_gallery(), [], [a_mask()], {})
+    assert drawing.draw_figures(a_report(), curves_of("runs/a")) == {}
+    drawing.write_figures(tmp_path / "figures", {})
+    html = html_of(a_report(), a_gallery(), [], [an_example()], {})
     assert "pip install matplotlib" in html and "<svg" not in html and "row_00059" in html
 
 
@@ -395,53 +403,53 @@ def plain(html):
     return re.sub(r"\s+", " ", re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", html, flags=re.DOTALL))
 
 
-def test_a_run_that_is_not_above_its_best_floor_is_marked_in_words():
-    level = figures(exact=0.52, floor=0.5)  # the interval of the difference includes zero
-    html = report_page.page(a_report(a_run(all=level)), [], [], [], {})
-    assert html.count("not above the floor") == 2, "in the sentence and in the row of all questions"
-    assert "not above the floor" not in report_page.page(a_report(), [], [], [], {})
-    alone = figures() | {"interval": None, "above_floor_interval": None, "groups": 1}
-    assert "one group: not shown" in report_page.page(a_report(a_run(all=alone)), [], [], [], {})
+def test_a_run_without_a_gain_over_its_best_baseline_is_marked_in_words():
+    level = figures(exact=0.52, best=0.5)  # the interval of the difference includes zero
+    html = html_of(a_report(a_run(micro=level)), [], [], [], {})
+    assert html.count("no gain shown") == 2, "in the sentence and in the row of all questions"
+    assert "no gain shown" not in html_of(a_report(), [], [], [], {})
+    alone = figures() | {"interval": None, "gain_interval": None, "groups": 1}
+    assert "one group: not shown" in html_of(a_report(a_run(micro=alone)), [], [], [], {})
 
 
 def test_blind_runs_that_do_as_well_and_types_with_one_answer_are_marked():
     run = a_run()
-    assert "no better than blind" not in report_page.page(a_report(run), [], [], [], {})
+    assert "no better than blind" not in html_of(a_report(run), [], [], [], {})
     run["blind"]["blank"] = run["blind"]["blank"] | {"difference": 0.01, "difference_interval": [-0.02, 0.04]}
     run["types"]["color"]["single_class"] = True
-    text = plain(report_page.page(a_report(run), [], [], [], {}))
+    text = plain(html_of(a_report(run), [], [], [], {}))
     assert "no better than blind" in text and "color one answer only" in text
 
 
-def test_a_run_without_floors_has_no_columns_for_them_and_its_notes_come_first():
-    known = report_page.page(a_report(), [], [], [], {})
-    assert "A floor is what" in known and 'class="group">floors' in known and "60 groups" in known
-    run = without_floors(a_run(notes=["what can be said blindly is not known: give --train"]))
-    html = report_page.page(a_report(run, run | {"name": "b"}), [], [], [], {})
+def test_a_run_without_baselines_has_no_columns_for_them_and_its_notes_come_first():
+    known = html_of(a_report(), [], [], [], {})
+    assert "A baseline is what" in known and 'class="group">baselines' in known and "60 groups" in known
+    run = without_baselines(a_run(notes=["what can be answered blindly is not known: give --train"]))
+    html = html_of(a_report(run, run | {"name": "b"}), [], [], [], {})
     assert (
-        "A floor is what" not in html
-        and "<b>floors</b>" not in html
-        and 'class="group">floors' not in html
-        and "best floor</th>" not in html
+        "A baseline is what" not in html
+        and "<b>baselines</b>" not in html
+        and 'class="group">baselines' not in html
+        and "best baseline</th>" not in html
     )
-    assert re.search(r'<p class="lead">[^\n]*?</p><p>what can be said blindly is not known', html)
-    assert plain(html).index("How to read this") < plain(html).index("exactly right")
+    assert re.search(r'<p class="lead">[^\n]*?</p><p>what can be answered blindly is not known', html)
+    assert plain(html).index("How to read this") < plain(html).index("80.0 % exact match")
 
 
-def test_the_audit_tells_totals_of_lists_that_are_cut_and_whose_it_is():
+def test_the_audit_gives_totals_of_lists_that_are_cut_and_whose_it_is():
     told = a_report()
     told["audit"] |= {"declared": 450, "failures": ["x"] * 200, "failed": 1234, "run": "runs/a"}
-    told["gate"]["run"] = "runs/b"
-    text = plain(report_page.page(told, [], [], [], {}))
+    told["leakage"]["run"] = "runs/b"
+    text = plain(html_of(told, [], [], [], {}))
     assert "failed 9 different answers" in text and "1,234 wrong answers" in text and "and 1,034 more lines" in text
     assert "450 pairs that are right for each other" in text and "and 449 more pairs" in text
-    assert "Each of these was given as the answer to every row; none may count as right." in text
+    assert "Each of these was given as the answer to every example; none may count as right." in text
     assert "Of the run runs/a." in text and "Of the run runs/b." in text
 
 
-def test_masks_show_counts_and_readable_marks_of_tokenizers():
-    tokens = [["Ġa▁b", "learned", 1], ["Ċ", "masked", 1], ["<0x0A>", "masked", 1], ["images/1.jpg", "masked", 64]]
-    html = report_page.page(a_report(), [], [], [{"run": "a", "id": "1", "tokens": tokens}], {})
+def test_supervised_tokens_show_counts_and_readable_marks_of_tokenizers():
+    tokens = [["Ġa▁b", "supervised", 1], ["Ċ", "masked", 1], ["<0x0A>", "masked", 1], ["images/1.jpg", "masked", 64]]
+    html = html_of(a_report(), [], [], [{"run": "a", "id": "1", "tokens": tokens}], {})
     shown = re.findall(r'<span class="token \w+">([^<]*)</span>', html)[3:]
     assert shown == ["·a·b", "↵\n", "↵\n", "images/1.jpg × 64"]
 
@@ -449,7 +457,7 @@ def test_masks_show_counts_and_readable_marks_of_tokenizers():
 def test_what_else_the_page_says():
     run = a_run(script="train_x.py", types=("one_type",))
     run["blind"] = {"shuffled": run["blind"]["blank"] | {"n": 77}}
-    html = report_page.page(a_report(run, a_run("b", script=None)), [], [], [], {})
+    html = html_of(a_report(run, a_run("b", script=None)), [], [], [], {})
     assert "<pre>python train_x.py train.py --lr 0.001</pre><pre>train.py --lr 0.001</pre>" in html
     assert "those of another group" in html and "<td>77</td>" in html and "(none of these)" in html
     assert "one is expected to exclude zero by chance" in html and "one_<wbr>type" in html
@@ -460,16 +468,16 @@ def test_sections_without_content_are_left_out_of_page_and_navigation():
     for entry in bare["types"].values():
         for field in ("confusion", "per_label", "labels", "calibration", "auroc"):
             del entry[field]
-    html = report_page.page(a_report(bare) | {"audit": None, "gate": None}, [], [], [], {})
+    html = html_of(a_report(bare) | {"audit": None, "leakage": None}, [], [], [], {})
     assert re.findall(r'<section id="(\w+)"', html) == ["accuracy"] and html.count('<a href="#') == 1
-    full = report_page.page(a_report(a_run("a"), a_run("b")), a_gallery(), [], [a_mask()], {})
+    full = html_of(a_report(a_run("a"), a_run("b")), a_gallery(), [], [an_example()], {})
     sections = re.findall(r'<section id="(\w+)"', full)
-    expected = ["accuracy", "blind", "comparisons", "answers", "gallery", "masks", "audit", "gate"]
+    expected = ["accuracy", "blind", "comparisons", "answers", "gallery", "supervised", "audit", "leakage"]
     assert sections == [*expected, "settings"]
 
 
 def test_settings_that_differ_between_runs_are_marked():
-    html = report_page.page(a_report(a_run("a"), a_run("b", settings={"lr": 0.002, "tune": "lora"})), [], [], [], {})
+    html = html_of(a_report(a_run("a"), a_run("b", settings={"lr": 0.002, "tune": "lora"})), [], [], [], {})
     rows = re.findall(r'<th scope="row">(lr|tune)(.*?)</th>', html)
     assert [(name, "differs" in mark) for name, mark in rows] == [("lr", True), ("tune", False)]
 
@@ -477,7 +485,7 @@ def test_settings_that_differ_between_runs_are_marked():
 def test_a_page_can_always_be_written_even_with_half_characters_and_probabilities_that_are_no_numbers(tmp_path):
     rows = a_gallery(3)
     rows[0] |= {"question": "half \ud83d", "p": float("nan"), "prediction": "x" * 5000}
-    html = report_page.page(a_report() | {"title": "\udc80"}, rows, [], [], {})
+    html = html_of(a_report() | {"title": "\udc80"}, rows, [], [], {})
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     data = json.loads(re.search(r'id="gallery-data">(.*?)</script>', html, re.DOTALL)[1])
     assert data["rows"][0][7] is None and data["rows"][0][5].endswith("… (5,000 characters)")
@@ -562,11 +570,11 @@ class Page:
 
 
 def test_filters_and_search_leave_what_they_say(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(a_run("a"), a_run("b")), a_gallery(60, 2), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(a_run("a"), a_run("b")), a_gallery(60, 2), [], [], {}))
     assert page.count() == "120 of 120"
     assert page.choose("run", "b") == "60 of 120"
-    assert page.choose("result", "right") == "42 of 120"
-    assert page.choose("result", "only tolerantly") == "6 of 120"
+    assert page.choose("result", "exact") == "42 of 120"
+    assert page.choose("result", "relaxed match") == "6 of 120"
     assert page.choose("result", "unanswered") == "6 of 120"
     assert page.choose("result", "wrong or") == "12 of 120"
     assert page.choose("type", "color") == "4 of 120"
@@ -582,7 +590,7 @@ def test_filters_and_search_leave_what_they_say(chromium, tmp_path):
 
 
 def test_options_say_how_many_they_leave_and_keep_their_word(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(60), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(60), [], [], {}))
     for name in ("type", "result"):
         for option in page.texts(f"#{name} option"):
             promised = re.search(r"\((\d+)\)$", option)[1]
@@ -592,7 +600,7 @@ def test_options_say_how_many_they_leave_and_keep_their_word(chromium, tmp_path)
 
 
 def test_paging_goes_through_all_and_stops_at_both_ends(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(60), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(60), [], [], {}))
     seen = []
     for number in (1, 2, 3):
         assert page.texts(".pager span") == [f"page {number} of 3"] * 2
@@ -602,7 +610,7 @@ def test_paging_goes_through_all_and_stops_at_both_ends(chromium, tmp_path):
         if number < 3:
             following.click()
     assert seen == [f"row_{i:05}" for i in range(60)]
-    page.choose("result", "right")
+    page.choose("result", "exact")
     assert page.texts(".pager span") == ["page 1 of 2"] * 2, "another choice begins at its first page"
     page.choose("result", "all")
     page.choose("type", "color")
@@ -616,7 +624,7 @@ def test_only_the_media_of_the_page_shown_are_in_the_document(chromium, tmp_path
     media = [{"kind": "image", "src": DOT, "name": f"{i}.jpg"} for i in range(60)]
     media.append({"kind": "sound", "src": "data:audio/wav;base64,UklGRg==", "name": "say.wav"})
     rows = [row | {"media": [i, 60]} for i, row in enumerate(a_gallery(60))]
-    page = Page(chromium, tmp_path, report_page.page(a_report(), rows, media, [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), rows, media, [], {}))
     assert len(page.all("img")) == len(page.all("audio")) == 24
     assert page.all("audio")[0].get_attribute("preload") == "none"
     page.all(".pager button")[1].click()
@@ -644,14 +652,14 @@ def test_hostile_data_are_shown_as_text_and_run_nothing(chromium, tmp_path, bad)
     second = copy.deepcopy(run) | {"name": f"{bad}2"}
     told = a_report(run, second) | {"title": bad}
     told["audit"] |= {"same": [[bad, bad]], "probes": {bad: 1}, "failures": [bad]}
-    split = told["gate"]["splits"]["test"] | {"answers": {bad: 1}}
-    told["gate"] = {"findings": [{"kind": bad, "where": bad, "text": bad}], "splits": {bad: split}}
+    split = told["leakage"]["splits"]["test"] | {"answers": {bad: 1}}
+    told["leakage"] = {"findings": [{"kind": bad, "where": bad, "text": bad}], "splits": {bad: split}}
     row = a_gallery(4)[3] | {"id": bad, "type": bad, "question": bad, "answer": bad, "prediction": bad, "media": [0, 1]}
     row |= {"also_right": [bad]}
     media = [{"kind": "image", "src": DOT, "name": bad}, {"kind": "sound", "src": "data:audio/wav,", "name": bad}]
-    tokens = {"run": bad, "id": bad, "tokens": [[bad, kind, 1] for kind in ("media", "masked", "learned", bad)]}
-    found = report_page.draw_figures(told, curves_of(bad, f"{bad}2", steps=10))
-    page = Page(chromium, tmp_path, report_page.page(told, [row], media, [tokens], found, [bad]))
+    tokens = {"run": bad, "id": bad, "tokens": [[bad, kind, 1] for kind in ("media", "masked", "supervised", bad)]}
+    found = drawing.draw_figures(told, curves_of(bad, f"{bad}2", steps=10))
+    page = Page(chromium, tmp_path, html_of(told, [row], media, [tokens], found, [bad]))
     page.run("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert page.search(bad.replace("\u2028", "")[:8]) == "1 of 1"
     assert page.run("return window.ran") is None
@@ -673,7 +681,7 @@ def test_what_would_reach_the_network_is_seen_and_refused(chromium, tmp_path):
     requests_of(chromium)
     chromium.get((tmp_path / "other.html").as_uri())
     assert "http://127.0.0.1:9/x.png" in requests_of(chromium), "the log has requests, even those that fail"
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(), [], [], {}))
     page.check()
     page.run("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
     page.driver.execute_async_script("fetch('http://127.0.0.1:9/').catch(() => 0).then(arguments[0])")
@@ -693,10 +701,10 @@ def test_ten_thousand_predictions_with_pictures_stay_under_20_mb_and_are_filtere
             f"Is there, in the lower half of the image shown, any instrument of kind {i} that touches the tissue?"
         )
         rows.append(row | {"question": question, "media": [f"{i}.jpg"]})
-    media, of, _ = report_page.thumbnails(folder, rows, 8_000_000)
+    media, of, _ = thumbnails.thumbnails(folder, rows, 8_000_000)
     assert len(media) > 1000
     rows = [row | {"media": shown} for row, shown in zip(rows, of, strict=True)]
-    html = report_page.page(a_report(), rows, media, [], {})
+    html = html_of(a_report(), rows, media, [], {})
     assert 8_000_000 < len(html.encode()) < 20_000_000
     page = Page(chromium, tmp_path, html)
     assert page.count() == "10,000 of 10,000"
@@ -712,11 +720,11 @@ def test_nothing_is_wider_than_the_screen_and_texts_stand_out_in_both_themes(chr
     long = "a_name_without_any_space_" * 12
     told = a_report(a_run("runs/a", types=(*TYPES, long), settings={long: long}), a_run(long))
     told["title"] = long
-    told["gate"]["findings"][0] |= {"where": long, "text": long}
+    told["leakage"]["findings"][0] |= {"where": long, "text": long}
     media = [{"kind": "strip", "src": DOT, "name": long}, {"kind": "sound", "src": "data:audio/wav,", "name": long}]
     rows = [row | {"id": long, "prediction": long, "media": [0, 1]} for row in a_gallery(30, 2)]
-    found = report_page.draw_figures(told, curves_of("runs/a", long, steps=100))
-    html = report_page.page(told, rows, media, [{"run": long, "id": long, "tokens": [[long, "media", 64]]}], found)
+    found = drawing.draw_figures(told, curves_of("runs/a", long, steps=100))
+    html = html_of(told, rows, media, [{"run": long, "id": long, "tokens": [[long, "media", 64]]}], found)
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     feature = {"name": "prefers-color-scheme", "value": theme}
@@ -741,7 +749,7 @@ def test_nothing_is_wider_than_the_screen_and_texts_stand_out_in_both_themes(chr
 
 
 def test_no_script_runs_but_the_pages_own(chromium, tmp_path):
-    html = report_page.page(a_report(), a_gallery(), [], [], {})
+    html = html_of(a_report(), a_gallery(), [], [], {})
     page = Page(chromium, tmp_path, html.replace("</main>", "</main><script>window.ran = 1</script>"))
     page.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))")
     assert page.run("return window.ran") is None
@@ -750,7 +758,7 @@ def test_no_script_runs_but_the_pages_own(chromium, tmp_path):
 
 
 def test_going_back_shows_what_the_form_says(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(), [], [], {}))
     assert page.search("row_00007") == "1 of 60"
     chromium.get("about:blank")
     chromium.back()
@@ -761,7 +769,7 @@ def test_going_back_shows_what_the_form_says(chromium, tmp_path):
 
 
 def test_a_printed_page_says_that_it_is_one_of_several(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(60), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(60), [], [], {}))
     shown = "return ['count', 'printed'].map(n => getComputedStyle(document.getElementById(n)).display != 'none')"
     assert page.texts("#printed") == ["page 1 of 3: 24 of 60 predictions"] and page.run(shown) == [True, False]
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
@@ -772,7 +780,7 @@ def test_a_printed_page_says_that_it_is_one_of_several(chromium, tmp_path):
 
 
 def test_printing_unfolds_what_is_folded_and_folds_it_again(chromium, tmp_path):
-    page = Page(chromium, tmp_path, report_page.page(a_report(), a_gallery(), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(), a_gallery(), [], [], {}))
     folded = len(page.all("details:not([open])"))
     assert folded
     page.run("dispatchEvent(new Event('beforeprint'))")
@@ -785,7 +793,7 @@ def test_printing_unfolds_what_is_folded_and_folds_it_again(chromium, tmp_path):
 def test_every_control_has_a_label_and_is_reached_by_keyboard(chromium, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    page = Page(chromium, tmp_path, report_page.page(a_report(a_run("a"), a_run("b")), a_gallery(60, 2), [], [], {}))
+    page = Page(chromium, tmp_path, html_of(a_report(a_run("a"), a_run("b")), a_gallery(60, 2), [], [], {}))
     fields = page.run("return [...document.querySelectorAll('select, input')].map(f => [f.id, f.labels.length])")
     assert fields == [[name, 1] for name in ("run", "type", "result", "order", "search")]
     page.all("#search")[0].click()

@@ -1,0 +1,85 @@
+"""What a report consists of, written: report.html, results.json, the figures as SVG and PNG; and printed."""
+
+import traceback
+from itertools import combinations
+from pathlib import Path
+
+from runtime.files import write_json, write_text, writing
+
+from report import drawing, gallery
+from report.compare import compare, seeds_of
+from report.figures import summarise_run
+from report.page import page
+from report.read import read_run
+from report.rerun import add_blind_runs
+from report.summary import results_table
+
+
+def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
+    """report.html, results.json and the figures of one or several runs, into the folder `out`; returns the results."""
+    found = [summarise_run(run) for run in runs]
+    for run, numbers in zip(runs, found, strict=True):
+        if "folder" in run:
+            add_blind_runs(run, numbers)
+    compared = [compare(a, b) for a, b in combinations(runs, 2)]
+    result = {
+        "title": ", ".join(run["name"] for run in runs),
+        "runs": found,
+        "comparisons": [pair for pair in compared if pair],
+        "seeds": seeds_of(runs, found),
+        "audit": audit or worst(runs),
+        "leakage": next(({**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")), None),
+    }
+    records, media, faults = gallery.entries(runs)
+    examples = [{"run": run["name"], **run["example"]} for run in runs if run.get("example")]
+    figures = drawing.draw_figures(result, {run["name"]: run.get("metrics", []) for run in runs})
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        drawing.write_figures(out, figures)
+    write_json(out / "results.json", result)
+    write_text(out / "report.html", page(result, records, media, examples, figures, faults))
+    return result
+
+
+def worst(runs: list[dict]) -> dict | None:
+    """Of the audits that scripts made of their own scorers the one with most failures."""
+    audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
+    return max(audits, key=lambda audit: audit["failed"], default=None)
+
+
+def write_report(folder: Path) -> None:
+    """RUN/report, for a script that has answered. A failure here is printed and fails no run: its results are saved."""
+    try:
+        write([read_run(folder)], folder / "report")
+        print(f"the report is {folder / 'report' / 'report.html'}")
+    except (Exception, SystemExit):
+        traceback.print_exc()
+        print(f"no report was written; python -m report {folder} tries again")
+
+
+def print_result(result: dict) -> None:
+    """The tables of all runs, and what differs between them."""
+    for run in result["runs"]:
+        print(f"\n{run['name']}: {run['n']} questions")
+        print(results_table(run))
+        for note in run["notes"]:
+            print(note)
+        interval = run["micro"]["gain_interval"]
+        if interval and interval[0] <= 0:
+            print("NO gain over its best blind baseline is shown: the interval of the gain is not above zero")
+        for mode, entry in run["blind"].items():
+            seen = f"seeing adds {difference_text(entry, 'difference_')}"
+            print(f"{mode} media: {entry['exact']:.1%} of {entry['n']} questions; {seen}")
+        if "calibration" in run["micro"]:
+            print(f"expected calibration error {run['micro']['calibration']['ece']:.3f}")
+    for pair in result["comparisons"]:
+        print(f"\n{pair['a']} less {pair['b']}, {pair['n']} questions: {difference_text(pair['micro'])}")
+    for part in result["seeds"]:
+        entry = part["micro"]
+        text = f"{entry['mean']:.1%} ± {entry['sd']:.1%} (standard deviation)"
+        print(f"\n{len(part['seeds'])} seeds: {text}, {entry['least']:.1%} – {entry['most']:.1%}")
+
+
+def difference_text(entry: dict, prefix: str = "") -> str:
+    low_high = entry[f"{prefix}interval"]
+    return f"{entry['difference']:+.1%}" + (" ({:+.1%} – {:+.1%})".format(*low_high) if low_high else " (one group)")
