@@ -142,6 +142,7 @@ class SurgTask(Task):
     synonyms = SYNONYMS
 
     def __init__(self, folder: Path, args):
+        models.find_part(args, "audio", None)  # refused if a checkpoint was trained with another
         super().__init__(args, models.tokenizer(folder))
         vlm = meta_model(folder, args)
         config, self.image_id, self.audio_id = vlm.config, None, None
@@ -160,7 +161,8 @@ class SurgTask(Task):
         self.processor = self.images.processor
         self.report |= {"image_token": self.image_id, "audio_token": self.audio_id}
         self.report |= {name: getattr(args, name) for name in (*OWN_SETTINGS[:-1], "eval_frames")}
-        print(f"question: {args.question}; supervised: {args.target}; frames: {args.frames}, then {args.eval_frames}")
+        seen = f"{args.frames} of a training clip, {args.eval_frames} of one of val and test"
+        print(f"question: {args.question}; supervised: {args.target}; frames: {seen}")
 
     def encode(self, example: Clip, answer: str) -> tuple[list[int], list[int], list[int]]:
         """(prefix, input_ids, labels): all up to the last frame's last placeholder, then the question and an answer.
@@ -192,7 +194,8 @@ class SurgTask(Task):
 
     def frames(self, example: Clip) -> list[str]:
         """The frames of an example that the model sees: fewer of val and test, by default."""
-        return videos.evenly(example.shown, self.args.frames if example.split == "train" else self.args.eval_frames)
+        count = self.args.frames if example.split == "train" else self.args.eval_frames
+        return [example.shown[i] for i in videos.evenly(len(example.shown), count)]
 
     def media(self, example: Clip) -> list[str]:
         """What the model sees and hears of an example; those that agree in it share a prefix."""
@@ -206,7 +209,8 @@ class SurgTask(Task):
         """Tokens of a recording: one for each 20 ms that it covers."""
         samples, window = self.measured[audio], self.extractor.n_samples
         if samples > window:
-            raise ValueError(f"{audio}: {samples / sound.RATE:.1f} s, longer than the encoder's window; shorten it")
+            text = f"{audio} lasts {samples / sound.RATE:.1f} s, longer than the encoder's window of"
+            raise ValueError(f"{text} {window / sound.RATE:.0f} s; shorten it")
         return math.ceil(samples / SAMPLES)
 
     def placeholders(self, example: Clip) -> dict[int, int]:
@@ -286,18 +290,10 @@ class SurgVideo(nn.Module):
             embeds = common.put_features(embeds, input_ids, self.image_id, self.image_features(media))
             if "input_features" in media:  # a packed sequence may hold written questions alone
                 embeds = common.put_features(embeds, input_ids, self.audio_id, self.audio_features(media), "audio")
-        return self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return common.last_hidden(self.decoder, embeds, position_ids, mask, cache)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = common.visible(
-            batch["document"], batch["branch"]
-        )  # a question sees its clip and itself, no other question
+        mask = common.visible(batch["document"], batch["branch"])  # a question sees its clip and itself, no other
         hidden = self.hidden(batch["input_ids"], batch["position_ids"], mask, media=batch)
         return common.supervised_loss(hidden, self.lm_head, batch["labels"])
 
@@ -317,7 +313,7 @@ def choose_trained(vlm: Qwen2VLForConditionalGeneration, args) -> None:
             vlm.requires_grad_(False)
         else:
             common.train_only(vlm, r"audio_projector\.weight")
-        common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+        common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
     common.train_in_float32(vlm)
 
 
@@ -364,15 +360,14 @@ def load_model(folder: Path, task: SurgTask, dtype: torch.dtype) -> SurgVideo:
     vlm.config.audio_token_id = task.audio_id
     if config.audio_config:
         nn.init.normal_(vlm.audio_projector.weight, std=config.text_config.initializer_range)
-        if args.audio_model:  # then the projector is trained from nothing
+        if args.audio_model:  # the projector is trained from nothing
             models.load_part(Path(args.audio_model), ("model.encoder.", "encoder."), vlm.audio_tower)
         else:
-            models.load_part(folder, ("audio_tower.",), vlm.audio_tower)
-            models.load_part(folder, ("audio_projector.",), vlm.audio_projector)
+            models.load_parts(folder, vlm, ours)
         vlm.audio_tower.to(dtype)
         vlm.audio_projector.to(dtype)
     choose_trained(vlm, args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, args)  # --compile, --grad-checkpoint
+    models.make_faster_or_smaller(vlm, vlm.model.language_model, args)  # --grad-checkpoint
     return SurgVideo(vlm)
 
 
@@ -457,12 +452,11 @@ def main(argv=None) -> None:
     with program.start(args, OWN_SETTINGS) as run:  # ranks, signals, the run folder's lock, --resume FOLDER's settings
         # ---- the data is checked before any weights are read ----
         folder = models.find(args.model, weights=not args.check)
-        # refused where a checkpoint was trained with another encoder
-        args.audio_model, args.audio_weights = models.part(args, "--audio-model", args.audio_weights)
         task = SurgTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run, torch.bfloat16 if args.dtype == "auto" else run.dtype)
-        examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
+        if args.data:  # --check without it looks at the checkpoint alone
+            examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
             return models.count(load_model, folder, task, run)  # what would be trained, without reading weights
         # ---- train ----

@@ -1,6 +1,6 @@
 """Train the smallest complete video-language model: a causal language model that reads DINOv2's features.
 
-A data row, one entry of DATA/train.json in LLaVA's layout (also val.json, test.json; paths are relative to DATA), or a
+An example, one entry of DATA/train.json in LLaVA's layout (also val.json, test.json; paths are relative to DATA), or a
 line of DATA/train.jsonl. A video is a folder of JPEG or PNG frames, an animated GIF, WebP or PNG, or a .npy array:
 
     {"id": "v7", "video": "videos/v7", "conversations": [{"from": "human", "value": "<video>"},
@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, questions, videos
+from inputs import data_check, features, images, layouts, questions, videos
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, captions, results, scoring
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
@@ -140,15 +140,16 @@ class VideoTask(Task):
     remedy = "lower --slow-frames or --slow-grid"  # where an example is longer than --pack-tokens
 
     def __init__(self, folder: Path, args):
-        config = model_config(folder, args)
+        if not hasattr(AutoConfig.from_pretrained(folder), "vision_config"):  # saved by this script it has its tower
+            models.find_part(args, "vision", "facebook/dinov2-large")  # args.vision_model: a folder now
+        config = read_config(folder, args)
         super().__init__(args, models.tokenizer(folder))
         self.separate_pad()
         self.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in (VIDEO, *VIDEO_TOKENS)])
         self.ids = {token: common.single_token_id(self.tokenizer, token) for token in (VIDEO, *VIDEO_TOKENS)}
-        self.media_ids = list(self.ids.values())
         self.bos = self.tokenizer.bos_token or self.tokenizer.eos_token  # what every text begins with
         self.processor = images.processor(Path(args.vision_model) if args.vision_model else folder)
-        self.cache = videos.Cache(args.cache_features if args.blind != "blank" else None, self.processor)
+        self.cache = features.Cache(args.cache_features if args.blind != "blank" else None, self.processor)
         self.patches = images.patches(self.processor, config.vision_config["patch_size"])  # rows, columns; printed
         self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         fast, slow = args.fast_frames * args.fast_grid**2, args.slow_frames * args.slow_grid**2
@@ -182,7 +183,7 @@ class VideoTask(Task):
     def placeholders(self, example: Clip) -> dict[int, int]:
         """{placeholder's ID: how many the prefix must hold}; none of them may stand among the text."""
         layout = self.layout(example)
-        return {token_id: layout.count(token_id) for token_id in self.media_ids}
+        return {token_id: layout.count(token_id) for token_id in self.ids.values()}
 
     def measure(self, data: Path, name: str) -> tuple[int, str]:
         """(frames, sha256) of a file, each frame decoded."""
@@ -272,7 +273,7 @@ class VideoPlainLM(nn.Module):
         return self.vlm.get_output_embeddings()(hidden)
 
     @torch.no_grad()
-    def patch_features(self, video: videos.Video) -> torch.Tensor:
+    def patch_features(self, video: features.Video) -> torch.Tensor:
         """(frames, patches, width of the tower), from the cache, or by the tower, which then fills it.
 
         A video at a time: then the values do not depend on what else is in the sequence, and the cache changes nothing.
@@ -286,7 +287,7 @@ class VideoPlainLM(nn.Module):
         video.keep(features)
         return features
 
-    def video_features(self, shown: list[videos.Video]) -> torch.Tensor:
+    def video_features(self, shown: list[features.Video]) -> torch.Tensor:
         """All videos of a sequence -> (positions, width of the LM): of each the fast path, then the slow one."""
         features = torch.cat([self.patch_features(video) for video in shown])  # (frames of all videos, patches, …)
         patches = self.vlm.projector(features).unflatten(1, self.patches)  # (frames, rows, columns, width of the LM)
@@ -321,7 +322,7 @@ class VideoPlainLM(nn.Module):
         return self
 
 
-def model_config(folder: Path, args):
+def read_config(folder: Path, args):
     """The language model's configuration, with the tower's as vision_config; a saved model's layout is adopted."""
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "video_layout"):  # saved by this script: it has its tower
@@ -331,7 +332,6 @@ def model_config(folder: Path, args):
         return config
     if hasattr(config, "vision_config"):
         raise SystemExit(f"--model {folder}: {config.model_type!r} is a vision-language model already")
-    models.find_part(args, "vision", "facebook/dinov2-large")  # args.vision_model: a folder; args.vision_weights
     kinds = "dinov2", "dinov2_with_registers"
     config.vision_config = models.config(Path(args.vision_model), kinds, "give it as --vision-model").to_dict()
     return config
@@ -353,7 +353,7 @@ def choose_trained(vlm: nn.Module, args) -> None:
     common.train_only(vlm, r"(?!vision_tower\.).*" if args.tune == "full" else NEW_PATTERN)
     if args.tune == "lora":
         try:
-            common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+            common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
         except ValueError as error:  # GPT-2
             raise SystemExit(f"--tune lora: {error}; choose --tune full or projector") from None
     common.train_in_float32(vlm)
@@ -361,7 +361,7 @@ def choose_trained(vlm: nn.Module, args) -> None:
 
 def load_model(folder: Path, task: VideoTask, dtype: torch.dtype) -> VideoPlainLM:
     """The model with what is trained chosen, still on the CPU: shards.place puts it on the device."""
-    args, config = task.args, model_config(folder, task.args)
+    args, config = task.args, read_config(folder, task.args)
     ours = GRAFTED if hasattr(config, "video_layout") else ()  # saved by this script: with all that was grafted
     form = torch.float32 if args.tune == "full" else dtype  # what is trained is drawn, and loaded, in float32
     vlm = models.open_model(AutoModelForCausalLM, folder, config, form, ours, from_scratch=args.from_scratch)
@@ -374,7 +374,7 @@ def load_model(folder: Path, task: VideoTask, dtype: torch.dtype) -> VideoPlainL
     models.load_parts(folder, vlm, ours[1:])
     choose_trained(vlm, args)
     task.cache.belongs_to(tower)
-    models.make_faster_or_smaller(vlm, vlm.base_model, args)  # --compile, --grad-checkpoint
+    models.make_faster_or_smaller(vlm, vlm.base_model, args)  # --grad-checkpoint
     return VideoPlainLM(vlm, task, dtype)
 
 
@@ -462,7 +462,8 @@ def main(argv=None) -> None:
         task = VideoTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
-        examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
+        if args.data:  # --check without it looks at the checkpoint alone
+            examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
             return models.count(load_model, folder, task, run)  # what would be trained, without reading weights
         # ---- train ----
