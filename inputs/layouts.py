@@ -1,198 +1,248 @@
-"""Published layouts -> (where, split, entry): entries are canonical, whatever the files look like."""
-import json
-from pathlib import Path  # noqa
+"""The layouts in which data sets are published, read as they are: (where, split, entry) for each question.
 
-from _old import llava as _llava
-from _old import mri as _mri
-from _old import surg as _surg
-from _old import runtime as _old
+An entry is a dict with question, answer and media, whatever its files look like; a Problem stands in its place where
+it cannot be read. `where` is what faults are named by, "train.jsonl:17". Scripts read the layouts that they know;
+`entries` reads any of them, for whoever looks at a data folder without a script.
+"""
 
-from .task import Problem
+from pathlib import Path
 
-ENDOVIS = _llava.ENDOVIS
+from inputs import turns
+from inputs.files import SPLITS, data_files, first_existing, read_json, read_jsonl
+from inputs.task import Problem
+from inputs.turns import refuse_misspelt
 
-
-def is_endovis(data):
-    return any(data.glob("seq_*/vqa"))
-
-
-def files(data):
-    for split, path in _old.data_files(data).items():
-        if path.suffix == ".json":
-            try:
-                listed = json.loads(path.read_text("utf-8"))
-                found, problems = [(f"{path.name}[{i}]", dict(entry)) for i, entry in enumerate(listed)], []
-            except (ValueError, TypeError) as error:
-                yield path.name, split, Problem(path.name, None, f"not a JSON list ({error}); mend the file")
-                continue
-        else:
-            found, problems = _old.read_jsonl(path)
-        yield from ((p.where, split, p) for p in problems)
-        yield from ((where, split, entry) for where, entry in found)
+# ------------------------------------------------------------------------------------------------------------
+# JSON lines, JSON lists, LLaVA's conversations
+# ------------------------------------------------------------------------------------------------------------
 
 
-def conversations(entries, mark, field=None):
-    """LLaVA's conversations as an entry for each answer, with its history; anything else as it is.
+def files(data: Path):
+    """The entries of {train,val,test}.jsonl or .json, or of a single such file, whose split is None."""
+    for split, path in data_files(data).items():
+        yield from file_entries(path, split)
 
-    The first turn must hold `mark` once; with `field`, where the entry has that, and not otherwise.
-    """
+
+def file_entries(path: Path, split: str | None = None):
+    """The entries of one file: JSON lines, or a JSON list."""
+    if path.suffix != ".json":
+        entries, problems = read_jsonl(path)
+        yield from ((problem.where, split, problem) for problem in problems)
+        yield from ((where, split, entry) for where, entry in entries)
+        return
+    try:
+        entries = read_json(path)
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("not a JSON list of examples; fix the file")
+    except ValueError as error:
+        yield path.name, split, Problem(path.name, None, str(error))
+        return
+    for i, entry in enumerate(entries):
+        where = f"{path.name}[{i}]"
+        fault = Problem(where, None, f"not a JSON object: {entry!r}; fix the file")
+        yield where, split, entry if isinstance(entry, dict) else fault
+
+
+def conversations(entries, mark: str, field: str | None = None):
+    """LLaVA's conversations as an entry for each answer, with its history; anything else as it is (see turns.llava)."""
     for where, split, entry in entries:
-        if isinstance(entry, Problem) or "conversations" not in entry:
+        if isinstance(entry, Problem):
             yield where, split, entry
             continue
         try:
-            yield from ((where if field and i == 0 else f"{where} turn {i}", split, row) for i, row in turns(where, entry, mark, field))
+            if "conversations" not in entry:
+                turns.refuse_history(entry)
+                yield where, split, entry
+                continue
+            yield from ((place, split, found) for place, found in turns.llava(where, entry, mark, field))
         except ValueError as error:
             yield where, split, Problem(where, entry.get("id"), str(error))
 
 
-def turns(where, entry, mark, field):
-    turns = entry["conversations"]
-    turns = turns if isinstance(turns, list) else [turns]
-    roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
-    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError(f"turns must alternate human, gpt; there are {roles}")
-    texts = [turn.get("value") if field else str(turn.get("value") or "") for turn in turns]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a turn's value must be a text: {next(t for t in texts if not isinstance(t, str))!r}")
-    if texts[0].count(mark) != (entry.get(field) not in (None, "") if field else 1):
-        where_due = f" where the row names a {field}, and not otherwise" if field else ""
-        raise ValueError(f"the first turn must hold {mark} once{where_due}")
-    texts[0] = texts[0].replace(mark, "")
-    history = []
-    for i in range(0, len(turns), 2):
-        row = {k: v for k, v in entry.items() if k != "conversations"}
-        row |= {"question": texts[i], "answer": texts[i + 1], "history": list(history)}
-        name = entry.get("id", where) if entry.get("id") not in (None, "") else where
-        if not field or len(turns) > 2:  # LLaVA's are numbered always
-            row["id"] = f"{name}.{i // 2}"
-        if field and len(turns) > 2:  # in one group: later turns tell what was said in the earlier ones
-            row["group"] = str(entry.get("group") or entry.get(field) or name)
-        yield i // 2 if not field else i, row
-        history.append((texts[i].strip(), texts[i + 1].strip()))
-
-
-def refuse_misspelt(entry, known):
-    wrong = _old.misspelt(entry, known)
-    if wrong:
-        raise ValueError(wrong)
-
-
-def refuse_kinds(entry, **kinds):
+def refuse_kinds(entry: dict, **kinds) -> None:
     """Raise ValueError where a field that is there is not of its kind: field=str, or several kinds."""
     for name, kind in kinds.items():
         if entry.get(name) is not None and not isinstance(entry[name], kind):
             raise ValueError(f"{name} must be a text: {entry[name]!r}")
 
 
-def umbrella(data, supervise):
-    """UMBRELLA's folders, or its conversations and plain questions as JSON lines: an entry for each answer learned.
+# ------------------------------------------------------------------------------------------------------------
+# EndoVis-18-VQA: seq_N/vqa/{Classification,Sentence}/FRAME_QA.txt, a line "question|answer", seq_N/left_fr/FRAME.png
+# ------------------------------------------------------------------------------------------------------------
 
-    An entry has id, groups, volumes, turns (what comes before the answer), question, answer, question_type,
-    answer_candidates, metadata. With `supervise` "all" a training conversation gives an entry for each answer.
-    """
-    for where, split, entry in _umbrella_files(Path(data)):
-        if isinstance(entry, Problem):
-            yield where, split, entry
-            continue
-        try:
-            refuse_misspelt(entry, _mri.FIELDS)
-            yield from list(answers(Path(data), where, entry, split, supervise))
-        except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
-            yield where, split, Problem(where, None, f"not as conversations are written ({error}); mend the file")
-        except ValueError as error:
-            yield where, split, Problem(where, entry.get("id"), str(error))
+PAPER = {"train": [2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15], "test": [1, 5, 16]}
+SEQUENCE = {"train": [5, 6, 7, 10, 11, 12, 14, 15, 16], "val": [9, 13], "test": [1, 2, 3, 4]}
+# of --endovis: which sequences are in which split, and the folder of the answers
+ENDOVIS = {"paper": (PAPER, "Classification"), "paper:Sentence": (PAPER, "Sentence")}
+ENDOVIS |= {"sequence": (SEQUENCE, "Classification"), "sequence:Sentence": (SEQUENCE, "Sentence")}
 
 
-def _umbrella_files(data):
-    folders = {split: data / name for split, name in _mri.SPLITS.items() if (data / name).is_dir()}
-    published = any(_mri.is_json(path) for folder in folders.values() for path in folder.rglob("*"))
-    lines = [f"{split}.jsonl" for split in _mri.SPLITS if (data / f"{split}.jsonl").is_file()]
-    if published and lines:
-        raise SystemExit(f"--data {data}: {', '.join(lines)} beside UMBRELLA's folders; keep one of the two")
-    if published and (data / "val").is_dir():
-        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
-    if not published:
-        yield from files(data)
-        return
-    for split, folder in folders.items():
-        paths = sorted(path for path in folder.rglob("*") if _mri.is_json(path))
+def is_endovis(data: Path) -> bool:
+    return any(data.glob("seq_*/vqa"))
+
+
+def endovis(data: Path, choice: str | None):
+    """The questions of a published split (a key of ENDOVIS), a sequence of frames being a group."""
+    if choice is None:
+        text = "EndoVis-18-VQA has two published splits that contradict each other"
+        raise SystemExit(f"--data {data}: {text}: give --endovis {' or '.join(ENDOVIS)}")
+    splits, answers = ENDOVIS[choice]
+    for split, number in ((split, number) for split, numbers in splits.items() for number in numbers):
+        paths = sorted((data / f"seq_{number}" / "vqa" / answers).glob("*.txt"))
         if not paths:
-            yield folder.name, split, Problem(folder.name, None, "the folder holds no .json files")
+            where = f"seq_{number}/vqa/{answers}"
+            yield where, split, Problem(where, None, "no annotation files; complete the data set")
+        for path in paths:
+            frame = path.stem.removesuffix("_QA")
+            # the left camera's frames; right_fr and labels hold files of the same name
+            near = [f"seq_{number}/{camera}{frame}" for camera in ("left_fr/", "", "vqa/")]
+            image = first_existing(data, [f"{place}.{ending}" for place in near for ending in ("png", "jpg")])
+            for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+                where, (question, bar, answer) = f"{path.relative_to(data)}:{line}", text.partition("|")
+                entry = {"image": image, "question": question, "answer": answer, "group": f"seq_{number}"}
+                yield where, split, entry if bar else Problem(where, None, 'no "question|answer"; fix the line')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SurgViVQA: {train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav
+# ------------------------------------------------------------------------------------------------------------
+
+SURGVIVQA = {"train": "train_multivideo.jsonl", "val": "eval_multivideo.jsonl", "test": "test_multivideo.jsonl"}
+FRAMES, RECORDINGS = (".jpg", ".jpeg", ".png"), (".wav", ".flac", ".mp3")
+SURGVIVQA_FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "video_id"}
+SURGVIVQA_FIELDS |= {"answer_candidates", "group", "frame_numbers", "total_frames"}
+
+
+def is_surgvivqa(data: Path) -> bool:
+    """Has the folder SurgViVQA's own files? Ends where there are others beside them."""
+    found = any((data / name).is_file() for name in SURGVIVQA.values())
+    other = [f"{split}.jsonl" for split in SPLITS if (data / f"{split}.jsonl").is_file()]
+    if found and other:
+        raise SystemExit(f"--data {data}: {', '.join(other)} beside SurgViVQA's own files; keep one of the two")
+    return found
+
+
+def surgvivqa(data: Path):
+    """Entries with IDs that are unique, frames as files, and the recording that belongs to each question."""
+    for split, name in SURGVIVQA.items():
+        if (data / name).is_file():
+            yield from surgvivqa_file(data / name, split)
+
+
+def surgvivqa_file(path: Path, split: str | None = None):
+    """The entries of one of SurgViVQA's files; frames and recordings stand beside it."""
+    for where, _, entry in file_entries(path):
+        try:
+            found = entry if isinstance(entry, Problem) else surgvivqa_entry(path.parent, path.name, entry)
+        except ValueError as error:
+            found = Problem(where, entry.get("id"), str(error))
+        yield where, split, found
+
+
+def surgvivqa_entry(data: Path, file: str, entry: dict) -> dict:
+    """SurgViVQA counts IDs from one in each of its videos, and names recordings by them alone."""
+    refuse_misspelt(entry, SURGVIVQA_FIELDS)
+    if any(entry.get(key) in (None, "") for key in ("id", "video_id")):
+        raise ValueError("no id or no video_id, by which SurgViVQA's files name recordings and frames")
+    name, video, frames = entry["id"], entry["video_id"], entry.get("frames")
+    found = {**entry, "id": f"{video}/{name}"}
+    if isinstance(frames, list) and all(isinstance(frame, str) and frame for frame in frames):  # else refused later
+        found["frames"] = [with_suffix(data, f"frames/{video}/{frame}", FRAMES) for frame in frames]
+    if entry.get("audio") in (None, ""):
+        whole = file.removesuffix(".jsonl")
+        folders = [f"audio/{whole.partition('_')[0]}", f"audio/{whole}"]
+        folder = next((folder for folder in folders if (data / folder).is_dir()), folders[0])
+        found["audio"] = with_suffix(data, f"{folder}/{name}", RECORDINGS)
+    return found
+
+
+def with_suffix(data: Path, name: str, suffixes: tuple[str, ...]) -> str:
+    """The name with whichever of the suffixes the file has, if any; with the first where there is no such file."""
+    places = [*(name + suffix for suffix in (*suffixes, *map(str.upper, suffixes))), name]
+    return first_existing(data, places)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# UMBRELLA: {train,validation,test}/**/*.json, a conversation a file; or its conversations as JSON lines
+# ------------------------------------------------------------------------------------------------------------
+
+UMBRELLA = {"train": "train", "val": "validation", "test": "test"}  # split -> its folder
+
+
+def is_umbrella(data: Path) -> bool:
+    """Has the folder UMBRELLA's own folders of conversations? Ends where other files lie beside them."""
+    found = any(conversations_in(data / name) for name in UMBRELLA.values())
+    lines = [f"{split}.jsonl" for split in UMBRELLA if (data / f"{split}.jsonl").is_file()]
+    if found and lines:
+        raise SystemExit(f"--data {data}: {', '.join(lines)} beside UMBRELLA's folders; keep one of the two")
+    if found and (data / "val").is_dir():
+        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
+    return found
+
+
+def conversations_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".json")
+
+
+def umbrella(data: Path, supervise: str):
+    """An entry for each supervised answer of UMBRELLA's conversations, or of plain questions (see turns.umbrella)."""
+    for where, split, entry in umbrella_files(data) if is_umbrella(data) else files(data):
+        yield from umbrella_entries(data, where, split, entry, supervise)
+
+
+def umbrella_entries(data: Path, where: str, split: str | None, entry, supervise: str) -> list[tuple]:
+    """All entries of a conversation, or the Problem that it has."""
+    if isinstance(entry, Problem):
+        return [(where, split, entry)]
+    try:
+        return list(turns.umbrella(data, where, entry, split, supervise))
+    except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
+        return [(where, split, Problem(where, None, f"not as conversations are written ({error}); fix the file"))]
+    except ValueError as error:
+        return [(where, split, Problem(where, entry.get("id"), str(error)))]
+
+
+def umbrella_files(data: Path):
+    """UMBRELLA's own folders: a conversation a file, whose ID is its path."""
+    for split, name in UMBRELLA.items():
+        paths = conversations_in(data / name)
+        if (data / name).is_dir() and not paths:
+            yield name, split, Problem(name, None, "the folder holds no .json files")
         for path in paths:
             where = str(path.relative_to(data))
             try:
-                entry = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(entry, dict):
-                    raise ValueError("a list or a value, not an object")
-            except (OSError, ValueError) as error:
-                yield where, split, Problem(where, None, f"not a JSON object ({error}); mend the file")
-                continue
-            yield where, split, {"id": where[: -len(".json")], **entry}
-
-
-def answers(data, where, entry, split, supervise):
-    groups = _mri.subjects_of(entry)
-    split = split or _old.split_of(groups[0])
-    turns, volumes = _mri.read_turns(data, entry)
-    task, last = entry.get("task_type") or entry.get("question_type"), len(turns) - 1
-    name = str(where if entry.get("id") in (None, "") else entry["id"])
-    for i in range(len(turns)):
-        if turns[i]["role"] != "assistant" or (i < last and (split != "train" or supervise == "last")):
-            continue
-        before = turns[:i]
-        shown = [part for turn in before for part in turn["content"] if part["type"] == "image"]
-        if not shown and i < last:  # a greeting
-            continue
-        if not shown:
-            raise ValueError(f"nothing is shown before the answer of turn {i}")
-        found = {
-            "question": " ".join(part["text"] for part in before[-1]["content"] if part["type"] == "text"),
-            "answer": " ".join(part["text"] for part in turns[i]["content"]),
-            "groups": groups, "volumes": volumes[: len(shown)], "turns": before,
-            # an acknowledgement, say: a task of its own, without labels
-            "question_type": task if i == last else f"{task or 'conversation'} turn {i}",
-            "answer_candidates": entry.get("answer_candidates") if i == last else None,
-            "metadata": entry.get("metadata") if i == last else None,
-            "id": name if i == last else f"{name} turn {i}",
-        }  # fmt: skip
-        yield (where if i == last else f"{where} turn {i}"), split, found
-
-
-# ---- SurgViVQA: {train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav ----
-
-
-def _published(data):
-    files = {split: data / f"{name}_multivideo.jsonl" for split, name in _surg.PUBLISHED.items()}
-    return {split: path for split, path in files.items() if path.is_file()}
-
-
-def is_surgvivqa(data):
-    """Has the folder SurgViVQA's own files? Ends where there are others beside them."""
-    found = _published(data)
-    other = [f"{split}.jsonl" for split in _surg.PUBLISHED if (data / f"{split}.jsonl").is_file()]
-    if found and other:
-        raise SystemExit(f"--data {data}: {', '.join(other)} beside SurgViVQA's own files; keep one of the two")
-    return bool(found)
-
-
-def surgvivqa(data):
-    """Entries with IDs that are unique, frames as files, and the recording that belongs to each question."""
-    for split, path in _published(data).items():
-        found, problems = _old.read_jsonl(path)
-        yield from ((p.where, split, p) for p in problems)
-        for where, entry in found:
-            try:
-                yield where, split, surgvivqa_entry(data, where, entry)
+                entry = read_json(path)
+                fault = None if isinstance(entry, dict) else "not a JSON object but a list or a value; fix the file"
             except ValueError as error:
-                yield where, split, Problem(where, entry.get("id"), str(error))
+                fault = str(error)
+            yield where, split, Problem(where, None, fault) if fault else {"id": where[: -len(".json")], **entry}
 
 
-def surgvivqa_entry(data, where, entry):
-    refuse_misspelt(entry, _surg.FIELDS)
-    if any(entry.get(key) in (None, "") for key in ("id", "video_id")):
-        raise ValueError("no id or no video_id, by which SurgViVQA's files name recordings and frames")
-    audio = entry["audio"] if entry.get("audio") else _surg.find_recording(data, where, entry, "both")
-    names = _surg.find_frames(data, entry, published=True)
-    return {**entry, "id": f"{entry['video_id']}/{entry['id']}", "frames": names, "audio": audio}
+# ------------------------------------------------------------------------------------------------------------
+# Any of them
+# ------------------------------------------------------------------------------------------------------------
 
+
+def entries(path: Path, endovis_choice: str | None = None):
+    """The entries of a data folder in whichever layout it has, or of one .jsonl or .json file, whose split is None."""
+    if path.is_dir() and is_endovis(path):
+        yield from endovis(path, endovis_choice)
+    elif path.is_dir() and is_surgvivqa(path):
+        yield from surgvivqa(path)
+    elif path.name in SURGVIVQA.values():
+        yield from surgvivqa_file(path)
+    else:
+        data = path if path.is_dir() else path.parent
+        for where, split, entry in folder_entries(path) if path.is_dir() else file_entries(path):
+            fields = entry.keys() if isinstance(entry, dict) else set()
+            if fields & {"volume", "images"}:
+                yield from umbrella_entries(data, where, split, entry, "all")
+            else:
+                mark, field = ("<image>", None) if "image" in fields else ("<video>", "video")
+                yield from conversations([(where, split, entry)], mark, field)
+
+
+def folder_entries(data: Path):
+    """What a folder's files hold, conversations as they are."""
+    lines = any(data.glob("train.json*"))  # then folders of .json files are something else
+    return umbrella_files(data) if not lines and is_umbrella(data) else files(data)
