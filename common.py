@@ -1,41 +1,89 @@
-"""Today's common.py without report figures, and what the fences give it: trees, their proof, answering."""
-from dataclasses import replace  # noqa
-from collections import defaultdict
+"""What decides the trained weights and the answers: token IDs, masking, prompt trees, packing, LoRA, answering.
+
+Nothing here knows a model's name, reads a command line or does anything on import. It holds what several scripts use
+and where a silent mistake would corrupt results; what only keeps a run alive is in runtime/.
+"""
+
+import copy
+import functools
+import math
+import random
+import re
+from dataclasses import dataclass, replace
 
 import torch
-
+import torch.nn.functional as F
 from tokenizers import AddedToken
+from torch import nn
+from transformers import DynamicCache
 
-from _old import common as _old
-from _old import qwen as _qwen
+IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
+SENTINELS = ("<ANS>", "</ANS>")  # mark the answer in a rendered text
 
-IGNORE, SENTINELS, Prompt = _old.IGNORE, _old.SENTINELS, _old.Prompt
-Prompt.supervised = Prompt.learned
-image_token_id, separate_pad_from_eos = _old.image_token_id, _old.separate_pad_from_eos
-expand_placeholder, visible, supervised_loss = _old.expand_placeholder, _old.visible, _old.supervised_loss
-train_only, add_lora, pack = _old.train_only, _old.add_lora, _old.pack
-single_token_id = _old.single_token_id
+# ---- 1  Token IDs: read, never computed ------------------------------------------------------------------------------
 
 
-def register_placeholder(tokenizer, token, token_id):
-    _old.register_placeholder(tokenizer, token, token_id)
-    return _old.single_token_id(tokenizer, token)
+def image_token_id(config) -> int:
+    """The ID of the image placeholder, read from a model's configuration.
+
+    `vocab_size - 1` looks right and is an ordinary word piece: the model then reports "tokens: 0". Raises
+    ValueError where the configuration names no ID, two different ones, or one outside the embedding.
+    """
+    named = {getattr(config, name, None) for name in ("image_token_index", "image_token_id")} - {None}
+    if len(named) != 1:
+        found = f"two different image tokens: {sorted(named)}" if named else "no image token"
+        raise ValueError(f"config.json names {found}; copy image_token_index from the original checkpoint")
+    token_id, rows = named.pop(), config.get_text_config().vocab_size
+    if not 0 <= token_id < rows:
+        raise ValueError(f"image token ID {token_id} is outside the embedding of {rows} rows (config.json)")
+    return token_id
 
 
-def encode_supervised(tokenizer, text, keep_sentinels=False):
-    return _old.encode_supervised(tokenizer, text, keep_sentinels=keep_sentinels)
+def single_token_id(tokenizer, token: str) -> int:
+    """The ID of a token that must be one piece. Raises ValueError naming the pieces where it is several."""
+    pieces = tokenizer.encode(token, add_special_tokens=False)
+    named = tokenizer.convert_ids_to_tokens(pieces)
+    if named != [token]:
+        raise ValueError(f"{token!r} is not one token of this tokenizer but {len(pieces)}: {named}")
+    return pieces[0]
 
 
-def image_token_in_template(tokenizer, config):
-    """The ID of config.json's image token, which must be what the chat template writes for an image."""
-    return _qwen.find_image_token(tokenizer, config)
+def register_placeholder(tokenizer, token: str, token_id: int) -> int:
+    """Make `token` one piece with the ID that the model's configuration names; returns the ID.
+
+    A placeholder such as <image> is often missing from the tokenizer: its ID is the first one past the end. As an
+    added token the text is split there before any merge. Raises ValueError where the ID already belongs to something
+    else: then the configuration's ID was computed, not read.
+    """
+    if token not in tokenizer.get_vocab() and token_id >= len(tokenizer):
+        added = [*(f"<|unused_{i}|>" for i in range(len(tokenizer), token_id)), token]
+        tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in added])
+    known = tokenizer.get_vocab().get(token)
+    if known != token_id:
+        taken = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+        where = f"the tokenizer has it as {known}" if known is not None else f"that ID is the word piece {taken!r}"
+        raise ValueError(f"config.json gives {token} the ID {token_id}, but {where}")
+    return single_token_id(tokenizer, token)
 
 
-def reserve_placeholder(tokenizer, tokens, config, known):
-    """The ID of the second of three new tokens, such as Qwen2-Audio's, in rows that the embedding has to spare.
+def image_token_in_template(tokenizer, config) -> int:
+    """The image token's ID. ValueError unless the chat template writes it for an image; SystemExit without template."""
+    image_id = image_token_id(config)
+    token = tokenizer.convert_ids_to_tokens(image_id)
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        text = f"no chat template that writes images ({error}); copy chat_template.jinja from the original checkpoint"
+        raise SystemExit(f"--model {tokenizer.name_or_path}: {text}") from None
+    if not token or tokenizer.encode(rendered, add_special_tokens=False).count(image_id) != 1:
+        raise ValueError(f"the chat template does not write token {image_id} ({token!r}) for an image but {rendered!r}")
+    return image_id
 
-    It never grows for them, because new rows, drawn at random, would differ between training and answering. Raises
-    ValueError where config.json has another ID (`known`), or there is no room.
+
+def reserve_placeholder(tokenizer, tokens: list[str], config, known: int | None) -> int:
+    """Add tokens (start, placeholder, end) in rows that the embedding has to spare; returns the placeholder's ID.
+
+    Grown, new rows would be drawn: others in training and answering. ValueError: no room, or not the ID `known`.
     """
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     ids, rows = [single_token_id(tokenizer, token) for token in tokens], config.get_text_config().vocab_size
@@ -46,206 +94,608 @@ def reserve_placeholder(tokenizer, tokens, config, known):
     return ids[1]
 
 
-def put_features(embeds, input_ids, token_ids, features, what="image"):
-    """Features (n, width) at the n placeholders, which are of one ID or of several; raises unless equally many."""
-    places = torch.isin(input_ids, torch.as_tensor(token_ids, device=input_ids.device))
-    if int(places.sum()) != len(features):
-        raise ValueError(f"{int(places.sum())} {what} placeholders for {len(features)} {what} features")
+def separate_pad_from_eos(tokenizer, model=None) -> str:
+    """Give PAD an ID of its own where it is missing or equals EOS; returns a line saying what was found and done.
+
+    With PAD = EOS, whoever masks PAD in the labels masks EOS too, and generation never stops. Embeddings only grow:
+    `resize_token_embeddings(len(tokenizer))` would shrink a padded one (151,936 rows, 151,657 tokens). Call it after
+    placeholders are registered: a new PAD would take their IDs. Raises ValueError where the tokenizer has no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: answers would never end (tokenizer_config.json: eos_token)")
+    ids = {"PAD": (tokenizer.pad_token, tokenizer.pad_token_id), "EOS": (tokenizer.eos_token, tokenizer.eos_token_id)}
+    found = ", ".join(f"{name} {token!r} ({token_id})" for name, (token, token_id) in ids.items())
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        done = "distinct"
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        done = f"PAD is now '<|pad|>' ({tokenizer.pad_token_id})"
+    if model is not None:
+        if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+            done += f", embedding grown to {tokenizer.pad_token_id + 1} rows"
+        for config in (model.config, model.config.get_text_config(), model.generation_config):
+            config.pad_token_id = tokenizer.pad_token_id
+    return f"{found}: {done}"
+
+
+def grow_embeddings(lm: nn.Module, rows: int) -> None:
+    """Room for new tokens, whose rows are the mean of the others, not drawn: the same whenever the model is loaded."""
+    old = lm.get_input_embeddings().weight.shape[0]
+    if rows > old:  # never fewer: many embeddings are larger than their tokenizer
+        lm.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+                module.weight[old:] = module.weight[:old].mean(0)
+
+
+# ---- 2  Masking: labels are built while encoding, not searched for afterwards ----------------------------------------
+
+
+def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tuple[list[int], list[int]]:
+    """Encode a rendered conversation in which one answer stands between the sentinels and is followed by EOS.
+
+    The tokenizer splits the text at the sentinels before any merge, because a byte-level BPE would merge `<ANS>Pink`
+    to `<`, `ANS`, `>P`, `ink` and a search for the sentinel's pieces finds nothing. Supervised are the answer and the
+    EOS directly after it; every other label is IGNORE. The sentinels themselves are dropped, or with keep_sentinels
+    become their ordinary pieces, not supervised. Returns (input_ids, labels), two lists of equal length. Raises
+    ValueError where sentinels are missing, too many or out of order, where the answer is empty or without EOS.
+    """
+    splitter, opening, closing = _splitter(tokenizer, len(tokenizer))
+    tokens = splitter.encode(text, add_special_tokens=False)
+    found = [SENTINELS[token == closing] for token in tokens if token in (opening, closing)]
+    if found != [*SENTINELS]:
+        raise ValueError(f"one answer must stand between {' and '.join(SENTINELS)}; there are {found} in {text!r}")
+    start, end = tokens.index(opening), tokens.index(closing)
+    before, answer, after = tokens[:start], tokens[start + 1 : end], tokens[end + 1 :]
+    if not answer:
+        raise ValueError(f"empty answer in {text!r}")
+    if after[:1] != [tokenizer.eos_token_id]:
+        raise ValueError(f"no EOS ({tokenizer.eos_token!r}) directly after the answer in {text!r}")
+    if not keep_sentinels and (joined := _encode_joined(tokenizer, text)):
+        return joined
+    kept = [tokenizer.encode(s, add_special_tokens=False) if keep_sentinels else [] for s in SENTINELS]
+    labels = [IGNORE] * len(before + kept[0]) + answer + [IGNORE] * len(kept[1]) + after[:1] + [IGNORE] * len(after[1:])
+    return before + kept[0] + answer + kept[1] + after, labels
+
+
+def _encode_joined(tokenizer, text: str) -> tuple[list[int], list[int]] | None:
+    """(input_ids, labels) as if no sentinel stood in the text; None where a merge crosses the answer's edge."""
+    # some SentencePiece tokenizers put a dummy space after every split, which the text itself does not have
+    before, answer, after = re.split("|".join(map(re.escape, SENTINELS)), text)
+    parts = before, before + answer, before + answer + after
+    asked, answered, input_ids = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    if input_ids[: len(asked)] != asked or input_ids[: len(answered)] != answered:
+        return None
+    start, end = len(asked), len(answered) + 1  # with the EOS
+    return input_ids, [IGNORE] * start + input_ids[start:end] + [IGNORE] * len(input_ids[end:])
+
+
+@functools.lru_cache(maxsize=8)
+def _splitter(tokenizer, _size: int):
+    """A copy of the tokenizer that knows the sentinels as tokens of their own; no model ever sees their IDs."""
+    splitter = copy.deepcopy(tokenizer)
+    splitter.add_tokens([AddedToken(s, special=True, normalized=False) for s in SENTINELS])
+    return splitter, *(single_token_id(splitter, s) for s in SENTINELS)
+
+
+def supervised_tokens(labels: list[int]) -> list[int]:
+    return [label for label in labels if label != IGNORE]
+
+
+def expand_placeholder(input_ids: list[int], token_id: int, counts: list[int]) -> list[int]:
+    """Repeat the i-th placeholder counts[i] times, once for each feature of its image. ValueError: other counts."""
+    if input_ids.count(token_id) != len(counts):
+        raise ValueError(f"{input_ids.count(token_id)} placeholders of ID {token_id} for {len(counts)} media")
+    left = iter(counts)
+    return [token for t in input_ids for token in ([t] * next(left) if t == token_id else [t])]
+
+
+def put_features(embeds, input_ids, token_ids, features, what: str = "image") -> torch.Tensor:
+    """Embeddings (1, T, width) in which the placeholders' are replaced by `features` (n, width), in their order.
+
+    `token_ids` is the placeholder's ID, or several (a tensor). Raises ValueError unless they are equally many.
+    """
+    places = torch.isin(input_ids, torch.as_tensor(token_ids, device=input_ids.device))  # (1, T)
+    if (tokens := int(places.sum())) != len(features):
+        text = f"features and {what} tokens do not match, tokens: {tokens}, features: {len(features)}"
+        raise ValueError(f"{what.capitalize()} {text} (the placeholder's ID is read from config.json, never computed)")
     return embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.dtype))
 
 
-def train_in_float32(model):
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+# ---- 3  Prompt trees: one image is read once for all its questions ---------------------------------------------------
 
 
-def last_hidden(decoder, embeds, position_ids, mask, cache):
-    """The decoder's last hidden states (1, T, width); with a cache, what it holds is not read again."""
-    return decoder(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
+@dataclass
+class Prompt:
+    """A prompt tree: a prefix (system text and image) and its branches (a question and its answer each).
+
+    `branches` are (input_ids, labels) pairs, `ids` name their examples, `media` is the script's own. The prefix's
+    positions, (P,) or (3, P) for M-RoPE, are 0 … P-1 where they are not given.
+    """
+
+    prefix: list[int]
+    branches: list[tuple[list[int], list[int]]]
+    ids: list[str]
+    media: object = None
+    prefix_positions: torch.Tensor | None = None
+
+    def part(self, indices) -> "Prompt":
+        """The same prefix with only the branches at `indices`."""
+        return replace(self, branches=[self.branches[i] for i in indices], ids=[self.ids[i] for i in indices])
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
+
+    def supervised(self) -> int:
+        """How many of its tokens are supervised."""
+        return sum(len(supervised_tokens(labels)) for _, labels in self.branches)
 
 
-def grow_embeddings(lm, rows):
-    """Room for new tokens. Their rows are the mean of the others, not drawn: the same whenever it is loaded."""
-    from _old import plain
+def build_trees(examples: list, task) -> tuple[list[Prompt], dict[str, str]]:
+    """The trees of examples, all of them checked; and {an example's `where`: why it cannot be used}.
 
-    plain.grow(lm, rows)
-
-
-# ---- trees, each row proved -----------------------------------------------------------------------------------
-
-
-def build_trees(rows, task):
-    """A tree for all questions about the same media (or for each question); and {row: why it cannot be used}."""
-    args, trees, faults = task.args, {}, {}
-    for row in rows:
+    Questions share a tree where their prefixes and media, as the task shows them, are equal (--share-prefix).
+    """
+    trees, faults = {}, {}
+    for example in examples:
         try:
-            placeholders = task.placeholders(row)
-            refuse_tokens(task.tokenizer, task.texts(row), placeholders)
-            if None in placeholders:  # the checkpoint's fault, already listed
+            placeholders = task.placeholders(example)
+            refuse_tokens(task.tokenizer, task.texts(example), placeholders)
+            if None in placeholders:  # a fault of the checkpoint, listed already
                 continue
-            prefix, input_ids, labels = task.encode(row, row.answer)
-            prove(row, task, prefix, input_ids, labels)
-            refuse_long(row, task, prefix, input_ids, labels)
-            length = len(prefix) + len(input_ids)
-            if length > args.pack_tokens:
-                text = f"{length} tokens, {sum(placeholders.values())} of them of its media: more than --pack-tokens "
-                raise ValueError(f"{text}{args.pack_tokens}; raise it{task.remedy and ' or ' + task.remedy}")
+            prefix, input_ids, labels = task.encode(example, example.answer)
+            check_example(example, task, prefix, input_ids, labels)
+            refuse_long(example, task, prefix, input_ids, labels)
         except ValueError as error:
-            faults[row.where] = str(error)
+            faults[example.where] = str(error)
             continue
-        media = task.media(row)
-        name = (tuple(prefix), repr(media)) if prefix and args.share_prefix else row.id
-        if name not in trees:
-            trees[name] = Prompt(prefix, [], [], media, task.positions(row, prefix))
-        trees[name].branches.append((input_ids, labels))
-        trees[name].ids.append(row.id)
+        media = task.media(example)
+        key = (tuple(prefix), repr(media)) if prefix and task.args.share_prefix else example.id
+        if key not in trees:
+            trees[key] = Prompt(prefix, [], [], media, task.positions(example, prefix))
+        trees[key].branches.append((input_ids, labels))
+        trees[key].ids.append(example.id)
     return list(trees.values()), faults
 
 
-def refuse_tokens(tokenizer, texts, placeholders):
-    """Raise ValueError where a text holds what the tokenizer would take for a placeholder, EOS or a sentinel.
-
-    Only special tokens: some tokenizers have added ones that are words, or runs of spaces.
-    """
-    added = tokenizer.added_tokens_decoder.items()
-    special = [token.content for i, token in added if token.special or i in placeholders]
-    for text in texts:
-        for token in (*SENTINELS, *special):
+def refuse_tokens(tokenizer, texts: list[str], placeholders) -> None:
+    """Raise ValueError where a text holds what the tokenizer would take for a placeholder, EOS or a sentinel."""
+    added = tokenizer.added_tokens_decoder.items()  # not all of them: some are words, or runs of spaces
+    for token in (*SENTINELS, *(token.content for i, token in added if token.special or i in placeholders)):
+        for text in texts:
             if token in text:
                 raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {text!r}")
 
 
-def refuse_long(row, task, prefix, input_ids, labels):
-    """Raise ValueError where learning or answering could need more positions than the language model has."""
-    given = next(i for i, label in enumerate(labels) if label != IGNORE)  # what it is answered from
-    possible = [len(task.encode(row, candidate)[1]) for candidate in row.candidates or []]
-    longest = len(prefix) + max(len(input_ids), given + task.args.max_answer_tokens, *possible)
-    if task.max_positions is not None and longest > task.max_positions:
-        text = f"up to {longest} positions, {len(prefix)} of them its media's; the language model has "
-        raise ValueError(f"{text}{task.max_positions}; {task.remedy or 'shorten the text'} or lower --max-answer-tokens")
+def check_example(example, task, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError unless exactly answer + EOS is supervised and there are as many placeholders as features."""
+    decoded = task.tokenizer.decode(supervised_tokens(labels), clean_up_tokenization_spaces=False).lstrip(" ")
+    if decoded != example.answer + task.tokenizer.eos_token:
+        raise ValueError(f"supervised would be {decoded!r}, not {example.answer + task.tokenizer.eos_token!r}")
+    for token_id, count in task.placeholders(example).items():
+        before, after = prefix.count(token_id), input_ids.count(token_id)
+        if (before, after) != (count, 0):
+            text = f"{count} features of its media for {before} placeholders (ID {token_id}), and {after} after these"
+            raise ValueError(f"{text}; the ID is read from config.json, never computed")
 
 
-def prove(row, task, prefix, input_ids, labels):
-    """Raise ValueError unless exactly answer + EOS is learned and placeholders equal features."""
-    learned = [label for label in labels if label != IGNORE]
-    decoded = task.tokenizer.decode(learned, clean_up_tokenization_spaces=False).lstrip(" ")
-    if decoded != row.answer + task.tokenizer.eos_token:
-        raise ValueError(f"learned would be {decoded!r}, not {row.answer + task.tokenizer.eos_token!r}")
-    for token_id, count in task.placeholders(row).items():
-        if token_id in input_ids:
-            raise ValueError("a placeholder after the media's own")
-        _old.check_placeholders(prefix, token_id, count)
+def refuse_long(example, task, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError where training needs more than --pack-tokens, or answering more positions than the model has."""
+    length, of_media = len(prefix) + len(input_ids), sum(task.placeholders(example).values())
+    remedy = task.remedy or "shorten the text"
+    if length > task.args.pack_tokens:
+        text = f"{length} tokens, {of_media} of them of its media: more than --pack-tokens {task.args.pack_tokens}"
+        raise ValueError(f"{text}; raise it or {remedy}")
+    if task.max_positions is None:
+        return
+    asked = next(i for i, label in enumerate(labels) if label != IGNORE)  # what it is answered from
+    possible = [len(task.encode(example, candidate)[1]) for candidate in example.candidates or []]
+    longest = len(prefix) + max(len(input_ids), asked + task.args.max_answer_tokens, *possible)
+    if longest > task.max_positions:
+        text = f"up to {longest} positions, {of_media} of them of its media: the language model has "
+        raise ValueError(f"{text}{task.max_positions}; {remedy} or lower --max-answer-tokens")
 
 
-def plan_run(prompts, args):
-    """The optimizer steps of the whole run; a function of the seed alone, so that any step can be gone back to."""
-    plan = []
+# ---- 4  Packed sequences and the one visibility rule -----------------------------------------------------------------
+# Trees are packed one behind the other into a sequence, without padding. Token q sees token k if and only if
+#
+#     same document   and   k is not after q   and   k's branch is 0 (a prefix) or q's branch
+#
+#     document  1 1 1 1 1 1 1 2 2 2                  k: a a a b b c c A A B
+#     branch    0 0 0 1 1 2 2 0 0 1       q: prefix  a  x . . . . . . . . .
+#                                                    a  x x . . . . . . . .
+#     a = prefix of tree 1: read once,               a  x x x . . . . . . .
+#         seen by all its questions        question  b  x x x x . . . . . .
+#     b, c = its questions: c sees a,                b  x x x x x . . . . .
+#         but never b                      question  c  x x x . . x . . . .    <- as if b were not there
+#     A, B = tree 2: sees nothing of 1               c  x x x . . x x . . .
+#                                          tree 2    A  . . . . . . . x . .
+# Positions of every branch continue from the       A  . . . . . . . x x .
+# end of its prefix, as in a sequence of its own.   B  . . . . . . . x x x
+# The rule is exact: loss and all gradients equal those of separate sequences.
+
+
+def plan_run(trees: list[Prompt], args) -> list[list[Prompt]]:
+    """The trees of every optimizer step: in a new order each epoch, as many as fit into --questions-per-step.
+
+    A tree with more questions than that is divided. The seed and the data alone decide: a run resumes at any step.
+    """
+    n, plan = args.questions_per_step, []
+    parts = [tree.part(range(i, min(i + n, len(tree.ids)))) for tree in trees for i in range(0, len(tree.ids), n)]
     for epoch in range(args.epochs):
-        plan += _old.plan_steps(prompts, args.questions_per_step, args.seed, epoch)
+        order, free = parts.copy(), 0
+        random.Random(f"{args.seed} {epoch}").shuffle(order)
+        for part in order:
+            if len(part.ids) > free:
+                plan.append([])
+                free = n
+            plan[-1].append(part)
+            free -= len(part.ids)
         if args.max_steps and len(plan) >= args.max_steps:
             return plan[: args.max_steps]
     return plan
 
 
-# ---- answering ------------------------------------------------------------------------------------------------
+def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1) -> list[dict]:
+    """Pack trees into sequences of at most max_tokens tokens, about as few as it takes, and of nearly equal length.
+
+    Each is a dictionary of input_ids, labels, document, branch, all (1, T) int64, position_ids (1, T) or (3, 1, T),
+    `ends` (questions,), the index of each branch's last token, and `prompts`, its trees in order. Rank r takes
+    [r::ranks]; where there are fewer trees than ranks, sequences are added in which nothing is supervised: every rank
+    must make as many passes as the others. A tree longer than max_tokens is divided, its prefix repeated. Raises
+    ValueError where one branch does not fit, or begins with a supervised token: before it stands another branch.
+    """
+    pieces = [piece for tree in trees for piece in _divide(tree, max_tokens)]
+    pieces.sort(key=len, reverse=True)
+    count = ranks * math.ceil(sum(map(len, pieces)) / (ranks * max_tokens))
+    while (sequences := _spread(pieces, count, max_tokens)) is None:
+        count += ranks
+    empty = [replace(p, branches=[(ids, [IGNORE] * len(ids)) for ids, _ in p.branches]) for p in pieces[-1:]]
+    return [_concatenate(sequence or empty) for sequence in sequences]
+
+
+def _divide(tree: Prompt, max_tokens: int) -> list[Prompt]:
+    parts, size = [[]], len(tree.prefix)
+    for i, (input_ids, labels) in enumerate(tree.branches):
+        name, needed = tree.ids[i], len(tree.prefix) + len(input_ids)
+        if needed > max_tokens:
+            raise ValueError(f"example {name} needs {needed} tokens, more than --pack-tokens {max_tokens}")
+        if not labels or labels[0] != IGNORE:
+            raise ValueError(f"example {name}: the branch's first token is supervised; begin it with prompt text")
+        if size + len(input_ids) > max_tokens:
+            parts.append([])
+            size = len(tree.prefix)
+        parts[-1].append(i)
+        size += len(input_ids)
+    return [tree] if len(parts) == 1 else [tree.part(indices) for indices in parts]
+
+
+def _spread(pieces: list[Prompt], count: int, max_tokens: int) -> list[list[Prompt]] | None:
+    """The longest first, each into the emptiest of `count` sequences; None where one does not fit."""
+    sequences, lengths = [[] for _ in range(count)], [0] * count
+    for piece in pieces:
+        emptiest = lengths.index(min(lengths))
+        sequences[emptiest].append(piece)
+        lengths[emptiest] += len(piece)
+    return sequences if max(lengths, default=0) <= max_tokens else None
+
+
+def _concatenate(trees: list[Prompt]) -> dict:
+    input_ids, labels, document, branch, positions, ends = [], [], [], [], [], []
+    for number, tree in enumerate(trees, start=1):
+        prefix_positions = tree.prefix_positions
+        if prefix_positions is None:
+            prefix_positions = torch.arange(len(tree.prefix))
+        parts = [(tree.prefix, [IGNORE] * len(tree.prefix)), *tree.branches]
+        after = int(prefix_positions.max()) + 1 if len(tree.prefix) else 0
+        for b, (part_ids, part_labels) in enumerate(parts):
+            input_ids += part_ids
+            labels += part_labels
+            document += [number] * len(part_ids)
+            branch += [b] * len(part_ids)
+            # M-RoPE: text advances all three coordinates together
+            continued = (after + torch.arange(len(part_ids))).expand(*prefix_positions.shape[:-1], -1)
+            positions.append(prefix_positions if b == 0 else continued)
+            if b > 0:
+                ends.append(len(input_ids) - 1)
+    lists = {"input_ids": input_ids, "labels": labels, "document": document, "branch": branch}
+    return {
+        **{name: torch.tensor([values]) for name, values in lists.items()},  # each (1, T)
+        "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2),  # (1, T) or (3, 1, T)
+        "ends": torch.tensor(ends),
+        "prompts": trees,
+    }
+
+
+def visible(document: torch.Tensor, branch: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    """The attention mask (1, 1, queries, T), True where the query may look; document and branch are (1, T).
+
+    The queries are all tokens, or the `last` so many: what a decoding step needs.
+    """
+    n = last or document.shape[1]
+    index = torch.arange(document.shape[1], device=document.device)
+    same_document = document[:, -n:, None] == document[:, None, :]
+    not_after = index[None, -n:, None] >= index[None, None, :]
+    own_or_prefix = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, -n:, None])
+    return (same_document & not_after & own_or_prefix).unsqueeze(1)
+
+
+def last_hidden(decoder: nn.Module, embeds, position_ids, mask, cache=None) -> torch.Tensor:
+    """Last hidden states (1, T, width) of embeddings (1, T, width); a cache holds earlier tokens, and takes these."""
+    cached = {"past_key_values": cache, "use_cache": cache is not None}
+    return decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **cached).last_hidden_state
+
+
+def supervised_loss(hidden: torch.Tensor, lm_head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy summed over the supervised tokens, and their number, both tensors.
+
+    hidden is (1, T, width), labels (1, T) unshifted: token t+1 is predicted from t. Logits are computed only for
+    supervised tokens (1-2 % of all). The sum, not the mean: divided by the tokens of the complete optimizer step it
+    makes accumulation 1 x 8 equal 8 x 1, and it is 0 instead of NaN where nothing is supervised.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+    logits = lm_head(hidden[:, :-1][supervised]).float()  # (tokens, vocabulary)
+    return F.cross_entropy(logits, targets[supervised], reduction="sum"), supervised.sum()
+
+
+# ---- 5  LoRA ---------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """y = W x + scaling * B A x around an existing, frozen nn.Linear.
+
+    A is (r, in), B is (out, r) and starts at zero, so that training starts from the model as it was. Both are
+    float32 whatever the base is: a bfloat16 weight of 1 loses every update below 0.004.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.r, self.alpha, self.rslora, self.merged = r, alpha, rslora, False
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, out)
+        y = self.base_layer(x)
+        if self.merged:
+            return y
+        # cast the small matrices, not x: the float32 masters still receive every gradient
+        update = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y + self.scaling * update.to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """Add B A to the base weight, once however often it is called; returns the plain layer."""
+        if not self.merged:
+            weight = self.base_layer.weight
+            weight.copy_(weight.float() + self.scaling * (self.lora_B @ self.lora_A))
+            self.merged = True
+        return self.base_layer
+
+
+def train_only(model: nn.Module, *patterns: str) -> list[str]:
+    """Freeze everything but the parameters whose full name matches a pattern; returns their names.
+
+    Raises ValueError for a pattern without a match: after a library renames its modules it would freeze all silently.
+    """
+    chosen = {name for pattern in patterns for name in _matching(pattern, model.named_parameters(), "parameter")}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return sorted(chosen)
+
+
+def add_lora(model: nn.Module, pattern: str, r: int, alpha: float, dropout=0.0, rslora=False) -> list[str]:
+    """Wrap every nn.Linear whose full name matches the regular expression; returns the names.
+
+    Raises ValueError where the pattern matches no linear layer, or one that already has an adapter.
+    """
+    if any(re.fullmatch(pattern, name) for name in lora_layers(model)):
+        raise ValueError(f"layers that match {pattern!r} already have an adapter")
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = _matching(pattern, linear, "linear layer")
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora))
+    return names
+
+
+def _matching(pattern: str, named, what: str) -> list[str]:
+    names = [name for name, _ in named]
+    if matching := [name for name in names if re.fullmatch(pattern, name)]:
+        return matching
+    alike = sorted({re.sub(r"\d+", "0", name) for name in names})
+    raise ValueError(f"no {what} matches {pattern!r}; there are {', '.join(alike[:12])}{', …' * (len(alike) > 12)}")
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """{full name: layer} of every layer that has an adapter."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Merge every adapter and put the plain layers back: the model then saves and loads like any other."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.merge())
+    return model
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Whatever is trained becomes float32: bfloat16 loses small updates."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# ---- 6  Answering by the same rule -----------------------------------------------------------------------------------
+# A model has forward(batch) -> (loss sum, supervised tokens), hidden(input_ids, position_ids, mask, cache, media)
+# -> (1, T, width) and lm_head(hidden). A run gives packed sequences with their media, and what other ranks found.
 
 
 @torch.no_grad()
-def mean_loss(model, trees, task, run):
-    """The mean over all learned tokens of the trees, which are divided over the ranks."""
+def mean_loss(model, trees: list[Prompt], task, run) -> float:
+    """The mean over all supervised tokens of the trees, which are divided over the ranks."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, learned tokens
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
     with run.equal_passes(model):
-        for row in run.packed(run.share(trees), task):
+        for batch in run.packed(run.share(trees), task):
             with run.autocast():
-                sums += torch.stack(model(row)).cpu()
+                sums += torch.stack(model(batch)).cpu()
     total, tokens = run.sum(sums).tolist()
     return total / tokens
 
 
-def evaluate(model, trees, rows, task, run):
-    """Answer and score every row; a record each, answered or not: `prediction`, `correct`, `relaxed`."""
-    found = {}
+def evaluate(model, trees: list[Prompt], examples: list, task, run) -> list[dict]:
+    """A record of every example, in their order; without an answer its prediction is None, which is wrong."""
     with run.equal_passes(model):
-        mine = answer(model, run.share(trees), {row.id: row for row in rows}, task, run)
-    for part in run.gather(mine):
-        found.update(part)
+        mine = answer(model, run.share(trees), {example.id: example for example in examples}, task, run)
+    found = {name: answered for part in run.gather(mine) for name, answered in part.items()}
     records = []
-    for row in rows:
-        answered = found.get(row.id, {"prediction": None})
-        scored = task.score(answered["prediction"], row)
-        known = {"id": row.id, "group": row.group, "media": row.media, "question_type": row.question_type}
-        known |= {"question": row.question, "answer": row.answer, **answered}
-        known |= {"candidates": row.candidates} if row.candidates else {}
-        known |= {"also_right": row.also_right} if row.also_right else {}
-        records.append({**known, "correct": scored["exact"], "relaxed": scored["relaxed"]})
+    for example in examples:
+        answered = found.get(example.id, {"prediction": None})
+        scores = task.score(answered["prediction"], example)
+        record = {n: getattr(example, n) for n in ("id", "group", "media", "question_type", "question", "answer")}
+        record |= answered | {n: getattr(example, n) for n in ("candidates", "also_right") if getattr(example, n)}
+        records.append({**record, "correct": scores["exact"], "relaxed": scores["relaxed"]})
     return records
 
 
 @torch.no_grad()
-def answer(model, trees, rows, task, run):
-    """{row ID: {"prediction": text, "probabilities": {…} where candidates were scored}}"""
+def answer(model, trees: list[Prompt], examples: dict, task, run) -> dict[str, dict]:
+    """{example ID: {"prediction": text, "ended": by EOS?, "probabilities": {candidate: share}}}, as --decode says.
+
+    greedy: the likeliest token, one after the other; constrained: only tokens that lead to a candidate; ranked: the
+    likeliest candidate; both: greedy, and beside it the candidates' probabilities. Without candidates all are greedy.
+    """
     model.eval()
     mode, tokenizer, limit = run.args.decode, task.tokenizer, run.args.max_answer_tokens
-    branches = {}  # of each row with candidates, one for each
-    for name in (name for tree in trees for name in tree.ids if mode != "free" and rows[name].candidates):
-        branches[name] = [task.encode(rows[name], candidate)[1:] for candidate in rows[name].candidates]
-    found = score_candidates(model, trees, rows, branches, task, run) if mode in ("score", "both") else {}
-    scored, found = found, (found if mode == "score" else {})
-    left = [tree.part(i for i, name in enumerate(tree.ids) if name not in found) for tree in trees]
-    left = [_old.answering_prompt(tree) for tree in left if tree.ids]
-    for packed in run.packed(left, task, shown="answering"):
-        ids = [name for tree in packed["prompts"] for name in tree.ids]
-        learned = [[[t for t in labels if t != IGNORE] for _, labels in branches.get(name, [])] for name in ids]
-        tries = [_old.build_trie(answers) or None if mode == "trie" else None for answers in learned]
+    mode = {"free": "greedy", "trie": "constrained", "score": "ranked"}.get(mode, mode)  # until flags convert them
+    branches = {} if mode == "greedy" else candidate_branches(trees, examples, task)
+    ranked = rank_candidates(model, trees, branches, task, run) if mode in ("ranked", "both") else {}
+    found = dict(ranked) if mode == "ranked" else {}
+    left = [tree.part([i for i, name in enumerate(tree.ids) if name not in found]) for tree in trees]
+    left = [answering_prompt(tree) for tree in left if tree.ids]
+    for batch in run.packed(left, task, shown="answering"):
+        names = [name for tree in batch["prompts"] for name in tree.ids]
+        allowed = None
+        if mode == "constrained":
+            allowed = [[supervised_tokens(labels) for _, labels in branches[name].values()] for name in names]
 
-        def read(input_ids, position_ids, mask, cache, media=packed):
+        def read(input_ids, position_ids, mask, cache, media=batch):
             # media belong to the first reading; afterwards they are in the cache
             return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else media)
 
         with run.autocast():
-            answers = _old.decode(read, model.lm_head, packed, tokenizer.eos_token_id, [limit] * len(ids), tries)
-        for name, tokens in zip(ids, answers, strict=True):
+            answers = decode(read, model.lm_head, batch, tokenizer.eos_token_id, limit, allowed)
+        for name, tokens in zip(names, answers, strict=True):
             text, ended = tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] == tokenizer.eos_token_id
-            found[name] = {**scored.get(name, {}), "prediction": text.strip(), "ended": ended}
+            found[name] = {**ranked.get(name, {}), "prediction": text.strip(), "ended": ended}
     return found
 
 
-def score_candidates(model, trees, rows, branches, task, run):
-    """Every allowed answer as a branch of its own: the exact argmax, with probabilities."""
+def answering_prompt(tree: Prompt) -> Prompt:
+    """The tree with each branch cut before its first supervised token: what the model is given to answer."""
+    branches = []
+    for input_ids, labels in tree.branches:
+        start = next(i for i, label in enumerate(labels) if label != IGNORE)
+        branches.append((input_ids[:start], labels[:start]))
+    return replace(tree, branches=branches)
+
+
+def candidate_branches(trees: list[Prompt], examples: dict, task) -> dict[str, dict]:
+    """{example ID: {candidate: (input_ids, labels)}}; the same question about many images is encoded once."""
+    known, found = {}, {}
+    for tree in trees:
+        for name, (asked, _) in zip(tree.ids, answering_prompt(tree).branches, strict=True):
+            candidates = examples[name].candidates or []
+            key = tuple(asked), tuple(candidates)
+            if key not in known:
+                known[key] = {candidate: task.encode(examples[name], candidate)[1:] for candidate in candidates}
+            found[name] = known[key]
+    return found
+
+
+def rank_candidates(model, trees: list[Prompt], branches: dict[str, dict], task, run) -> dict[str, dict]:
+    """{example ID: {"prediction", "probabilities"}}, every candidate a branch of its own.
+
+    The likeliest is the exact argmax over the candidates, which a greedy walk through their tokens is not.
+    """
     asked = []
     for tree in trees:
-        pairs = [(name, candidate) for name in tree.ids for candidate in rows[name].candidates or []]
+        pairs = {(name, text): branch for name in tree.ids for text, branch in branches[name].items()}
         if pairs:
-            asked.append(replace(tree, branches=[b for name in tree.ids for b in branches.get(name, [])], ids=pairs))
-    scores = defaultdict(dict)
+            asked.append(replace(tree, branches=list(pairs.values()), ids=list(pairs)))
+    log_probs = {}
     for (name, candidate), log_prob in log_probabilities(model, asked, task, run).items():
-        scores[name][candidate] = log_prob
+        log_probs.setdefault(name, {})[candidate] = log_prob
     found = {}
-    for name, by_candidate in scores.items():
-        chances = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0).tolist()
-        probabilities = dict(zip(by_candidate, chances, strict=True))
+    for name, by_candidate in log_probs.items():
+        shares = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0)
+        probabilities = dict(zip(by_candidate, shares.tolist(), strict=True))
         found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
     return found
 
 
 @torch.no_grad()
-def log_probabilities(model, trees, task, run):
-    """{branch ID: the log-probability of all that is learned in it}"""
+def log_probabilities(model, trees: list[Prompt], task, run) -> dict:
+    """{branch ID: the log-probability of all supervised tokens of the branch}"""
     model.eval()
     found = {}
-    for packed in run.packed(trees, task):
-        mask = visible(packed["document"], packed["branch"])
+    for batch in run.packed(trees, task):
+        targets, mask = batch["labels"][:, 1:], visible(batch["document"], batch["branch"])
+        supervised = targets != IGNORE
         with run.autocast():
-            hidden = model.hidden(packed["input_ids"], packed["position_ids"], mask, media=packed)
-            log_probs = _old.branch_log_probs(hidden, model.lm_head, packed)
-        ids = [name for tree in packed["prompts"] for name in tree.ids]
-        found |= dict(zip(ids, log_probs.tolist(), strict=True))
+            hidden = model.hidden(batch["input_ids"], batch["position_ids"], mask, media=batch)
+            logits = model.lm_head(hidden[:, :-1][supervised]).float()  # (tokens, vocabulary)
+            log_probs = -F.cross_entropy(logits, targets[supervised], reduction="none")  # (tokens,)
+        # number the branches of the sequence 0, 1, … by where each ends
+        owner = torch.searchsorted(batch["ends"], supervised[0].nonzero().squeeze(-1) + 1)
+        sums = torch.zeros(len(batch["ends"]), device=hidden.device).index_add(0, owner, log_probs)
+        names = [name for tree in batch["prompts"] for name in tree.ids]
+        found |= dict(zip(names, sums.tolist(), strict=True))
     return found
+
+
+@torch.no_grad()
+def decode(read, lm_head, batch: dict, eos: int, limit: int, allowed: list | None = None) -> list[list[int]]:
+    """Answer every branch of a packed sequence greedily, all branches side by side.
+
+    The sequence (see `answering_prompt` and `pack`) is read once into a key/value cache; then each step feeds one
+    token per unfinished branch, whose query sees its own prefix and branch. read(input_ids, position_ids, mask, cache)
+    -> hidden (1, n, width) runs the model. Of branch i allowed[i] is None, and then it has at most `limit` tokens; or
+    token lists that end with EOS, and then it is exactly one of them. Returns a token list per branch, with its EOS.
+    """
+    cache = DynamicCache()  # without a configuration: a sliding window would drop the prefix
+    document, branch, ends = batch["document"], batch["branch"], batch["ends"]
+    hidden = read(batch["input_ids"], batch["position_ids"], visible(document, branch), cache)[:, ends]  # (1, B, width)
+    answers = [[] for _ in ends]
+    allowed = allowed or [None] * len(answers)
+    alive = list(range(len(answers)))  # branches still being answered
+    step = 0
+    while alive:
+        logits = lm_head(hidden)[0].float()  # (alive, vocabulary)
+        for i, b in enumerate(alive):
+            if allowed[b]:
+                following = {tokens[step] for tokens in allowed[b] if tokens[:step] == answers[b]}
+                following = torch.tensor(sorted(following), device=logits.device)
+                logits[i] = torch.full_like(logits[i], -math.inf).index_copy(0, following, logits[i, following])
+        for b, token in zip(alive, logits.argmax(-1).tolist(), strict=True):
+            answers[b].append(token)
+        step += 1
+        # an allowed answer may be longer than the limit: cut, it would be none of them
+        alive = [b for b in alive if answers[b][-1] != eos and (allowed[b] or step < limit)]
+        if alive:
+            own = ends[alive]
+            document = torch.cat([document, document[:, own]], dim=1)
+            branch = torch.cat([branch, branch[:, own]], dim=1)
+            fed = torch.tensor([[answers[b][-1] for b in alive]], device=document.device)  # (1, alive)
+            mask = visible(document, branch, last=len(alive))
+            hidden = read(fed, batch["position_ids"][..., own] + step, mask, cache)
+    return answers

@@ -30,7 +30,7 @@ def check(rows, problems, task, run):
             "questions": len(splits[split]),
             "files": len({name for row in splits[split] for name in row.media}),
             "tokens": sum(len(tree) for tree in trees[split]),
-            "learned_tokens": sum(tree.learned() for tree in trees[split]),
+            "learned_tokens": sum(tree.supervised() for tree in trees[split]),
             "question_types": dict(Counter(row.question_type for row in splits[split])),
             "not_among_candidates": sum(not _common.answerable(vars(row)) for row in splits[split]),
         }
