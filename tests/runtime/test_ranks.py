@@ -13,16 +13,16 @@ import pytest
 import torch
 from helpers import metrics_of, read_lines, read_tensors, run, stop_in
 
-import runtime
 import train_llava_med
 import train_qwen2vl_sentinel
 import train_surg_video_vqa
 import train_umbrella_mri
 import train_video_plain_lm
+from runtime import saving
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
-FLAGS += ["--pack-tokens", 256, "--save-every", 2, "--keep", 100, "--eval-every", 3, "--max-answer-tokens", 4]
+FLAGS += ["--pack-tokens", 256, "--save-every", 2, "--eval-every", 3, "--max-answer-tokens", 4]
 
 
 def start(argv, ranks: int = 2, before: str = "", script=train_llava_med) -> list[subprocess.Popen]:
@@ -30,7 +30,7 @@ def start(argv, ranks: int = 2, before: str = "", script=train_llava_med) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import os, sys; rank = int(os.environ['RANK'])\n{before}\n"
+    code = f"import os, sys, runtime.saving; rank = int(os.environ['RANK']); runtime.saving.KEPT = 100\n{before}\n"
     code += f"import {script.__name__}\n{script.__name__}.main()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
@@ -61,7 +61,7 @@ def arguments(folder: Path, out: Path, *flags) -> list:
 
 
 def assert_close(out: Path, one: Path) -> None:
-    """The same loss curve to 1e-5, the same rows in every step, the same answers."""
+    """The same loss curve to 1e-5, the same examples in every step, the same answers."""
     mine, theirs = metrics_of(out), metrics_of(one)
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for a, b in zip(mine, theirs, strict=True):
@@ -79,6 +79,13 @@ def one(request, demo_folder, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_checkpoint_is_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "KEPT", 100)
+        yield
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The same training
 # ------------------------------------------------------------------------------------------------------------
@@ -90,7 +97,7 @@ def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel)
     codes, texts = ended(start(arguments(demo_folder, out, "--report", "--tune", one.name, "--parallel", parallel)))
     assert codes == [0, 0], texts
     assert_close(out, one)
-    assert "Traceback" not in texts[0] and "mean of types" in texts[0]
+    assert "Traceback" not in texts[0] and "macro average" in texts[0]
     assert texts[1].strip() == ""  # the first rank reports
     folder = "adapter" if one.name == "lora" else "model"
     mine, theirs = read_tensors(out / folder), read_tensors(one / folder)
@@ -99,7 +106,7 @@ def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel)
     names = {path.name for path in out.iterdir()}
     assert names == {path.name for path in one.iterdir()}  # nothing of a second rank, no lock
     ids = [line["id"] for line in read_lines(out / "predictions.jsonl")]
-    assert len(ids) == len(set(ids)) == json.loads((out / "results.json").read_text())["all"]["n"]
+    assert len(ids) == len(set(ids)) == json.loads((out / "results.json").read_text())["micro"]["n"]
 
 
 @pytest.mark.parametrize("flags", [["--tune", "full", "--parallel", "fsdp"], ["--lora-vision"]], ids=" ".join)
@@ -138,7 +145,7 @@ def test_two_ranks_then_one_then_two_sharded_are_the_same_run(demo_folder, one, 
 
 
 def test_fewer_images_than_ranks_train_and_answer_too(demo_folder, tmp_path):
-    """Rank 1 of FSDP must join every pass of rank 0, although it has no row of its own."""
+    """Rank 1 of FSDP must join every pass of rank 0, although it has no question of its own."""
     flags = ["--limit", 5, "--parallel", "fsdp", "--max-steps", 1, "--max-answer-tokens", 9]
     codes, texts = ended(start(arguments(demo_folder, tmp_path / "two", *flags)))
     assert codes == [0, 0], texts
@@ -152,35 +159,40 @@ def test_fewer_images_than_ranks_train_and_answer_too(demo_folder, tmp_path):
 
 # a signal in the middle of a step, to one rank of two
 SIGNALLED = """
-import signal, runtime
-count = runtime.clip_gradients
+import signal, runtime.ranks
+count = runtime.ranks.clip_gradients
 def clip(*rest, steps=[]):
     steps.append(1)
     if len(steps) == {} and rank == 1:
         signal.raise_signal(signal.SIGUSR1)
     return count(*rest)
-runtime.clip_gradients = clip
+runtime.ranks.clip_gradients = clip
 """
 
 INFINITE = """
-import runtime, torch
-add = runtime.sum_gradients
+import runtime.ranks, torch
+add = runtime.ranks.sum_gradients
 def infinite(parameters):
     if rank == 1:
-        parameters[0].grad.view(-1)[0] = torch.inf
+        next(iter(parameters)).grad.view(-1)[0] = torch.inf
     add(parameters)
-runtime.sum_gradients = infinite
+runtime.ranks.sum_gradients = infinite
 """
 
-# one image cannot be read any more, and only one rank reads it
+# one image cannot be read any more once the data is checked, and only one rank reads it
 BROKEN = """
-import runtime
-opened = runtime.open_image
+import inputs.data_check
+import inputs.images
+check, opened = inputs.data_check.check, inputs.images.open_image
 def broken(folder, name):
-    if name == {!r} and "train_llava_med" in str(sys._getframe(2).f_globals["__name__"]):
+    if name == {!r}:
         raise ValueError(name + " cannot be read: gone")
     return opened(folder, name)
-runtime.open_image = broken
+def checked(*rest):
+    found = check(*rest)
+    inputs.images.open_image = broken
+    return found
+inputs.data_check.check = checked
 """
 
 
@@ -189,7 +201,7 @@ def test_all_ranks_stop_after_the_same_step_when_one_is_signalled(demo_folder, t
     codes, texts = ended(start(arguments(demo_folder, out), before=SIGNALLED.format(3)))
     assert codes == [85, 85], texts
     assert [line["step"] for line in metrics_of(out) if "loss" in line] == [1, 2, 3]
-    assert runtime.checkpoint_fault(out / "checkpoints" / "step-00000003") is None
+    assert saving.fault(out / "checkpoints" / "step-00000003") is None
     assert "stopped by a signal to another rank after step 3" in texts[0]
     assert not (out / "lock").exists()
 
@@ -214,7 +226,7 @@ def test_a_file_that_turns_bad_on_one_rank_stops_all_with_a_checkpoint(demo_fold
     codes, texts = ended(start(arguments(demo_folder, tmp_path / "run"), before=BROKEN.format(image)))
     assert codes == [1, 1], texts
     assert f"step {step}: {image} cannot be read: gone" in texts[0] + texts[1]
-    assert runtime.checkpoint_fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None
+    assert saving.fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None
 
 
 def test_a_rank_that_dies_ends_the_others(demo_folder, tmp_path):
@@ -233,7 +245,7 @@ def test_a_rank_that_dies_ends_the_others(demo_folder, tmp_path):
     assert not (out / "lock").exists()
 
 
-def test_a_fault_in_the_data_is_told_once(demo_folder, tmp_path):
+def test_a_fault_in_the_data_is_listed_once(demo_folder, tmp_path):
     shutil.copytree(demo_folder / "data", tmp_path / "data")
     (tmp_path / "model").symlink_to(demo_folder / "model")
     names = sorted((tmp_path / "data" / "images").iterdir())[:2]  # one for each rank to find
@@ -250,30 +262,31 @@ def test_a_fault_in_the_data_is_told_once(demo_folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 TALK = """
-import torch, runtime
+import torch
+from runtime import ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-runtime.start_ranks(torch.device("cpu"), torch.float32)
+ranks.start(torch.device("cpu"), torch.float32)
 out = sys.stderr
-assert (runtime.rank(), runtime.ranks()) == (rank, 2)
-assert runtime.gather({"rank": rank, "text": "é" * 1000 * rank}) == [
+assert (ranks.rank(), ranks.ranks()) == (rank, 2)
+assert ranks.gather({"rank": rank, "text": "é" * 1000 * rank}) == [
     {"rank": 0, "text": ""},
     {"rank": 1, "text": "é" * 1000},
 ]
-assert runtime.gather(None) == [None, None]
-assert runtime.any_rank(rank == 1) and not runtime.any_rank(False)
-assert runtime.on_first_rank(lambda: [rank, "é"]) == [0, "é"]
+assert ranks.gather(None) == [None, None]
+assert ranks.any_rank(rank == 1) and not ranks.any_rank(False)
+assert ranks.on_first_rank(lambda: [rank, "é"]) == [0, "é"]
 for code, expected in (("full", ["full", 1]), (85, [85, 85])):
     def leave():
         raise SystemExit(code)
     try:
-        runtime.on_first_rank(leave)
+        ranks.on_first_rank(leave)
         assert False
     except SystemExit as stop:
         assert stop.code == expected[rank], stop.code
 
-# gradients of two rows, one a rank, against torch's own
+# gradients of two inputs, one a rank, against torch's own
 torch.manual_seed(0)
 model = nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(2, 2)])
 theirs = DistributedDataParallel(nn.Sequential(model[0], model[1]))
@@ -288,16 +301,16 @@ if rank == 1:
 parameters = list(model.parameters())
 for bucket in (1, 40, 10**6):
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
-    runtime.sum_gradients(parameters, bucket)
+    ranks.sum_gradients(parameters, bucket)
     for p, e in zip(parameters[:3], expected[:3]):
         assert torch.allclose(p.grad, e)
-    assert torch.equal(runtime.sum_over_ranks(parameters[3].grad.clone()), 2 * parameters[3].grad)  # equal on both
+    assert torch.equal(ranks.sum_over_ranks(parameters[3].grad.clone()), 2 * parameters[3].grad)  # equal on both
     assert parameters[4].grad is None and parameters[5].grad is None  # used by neither
     for p, g in zip(parameters, before):
         p.grad = g
 print("talked", file=sys.stderr, flush=True)
-runtime.end_ranks()
-os._exit(0)  # as runtime.program does: DDP's threads can abort Python's own end
+ranks.end()
+os._exit(0)  # as program.start does: DDP's threads can abort Python's own end
 """
 
 
@@ -313,10 +326,10 @@ def test_what_ranks_say_to_each_other_arrives():
 
 
 def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_path):
-    """With --question both a row without a recording is asked in writing: its rank has no use for the projector."""
+    """With --question both an example without a recording is asked in writing: its rank has no use for the projector."""
     shutil.copytree(video_folder, tmp_path / "demo")
     silent = set()
-    for split, name in train_surg_video_vqa.PUBLISHED.items():
+    for split, name in (("train", "train"), ("val", "eval"), ("test", "test")):
         path = tmp_path / f"demo/data/{name}_multivideo.jsonl"
         rows = read_lines(path)
         for number, row in enumerate(rows):
@@ -330,7 +343,7 @@ def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_
     flags = ["--model", tmp_path / "demo/model", "--audio-model", tmp_path / "demo/whisper"]
     flags += ["--data", tmp_path / "demo/data", "--question", "both", "--limit", 12, "--questions-per-step", 2]
     flags += ["--max-steps", 5, "--lr", 1e-3, "--lora-dropout", 0, "--max-answer-tokens", 3, "--frames", 2]
-    flags += ["--save-every", 1, "--keep", 10, "--no-report"]
+    flags += ["--save-every", 1, "--no-report"]
     train_surg_video_vqa.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     kinds = [[name in silent for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert any(len(set(kind)) == 2 for kind in kinds)  # one of each in a step, and so a rank each
@@ -352,7 +365,17 @@ def test_a_rank_without_a_modality_and_one_with_it_train_as_one(mri_folder, tmp_
     """A step of two conversations, one about a T1 scan and one about a series: each rank has one embedding to use."""
     flags = ["--model", mri_folder / "model", "--data", mri_folder / "data", "--pack-tokens", 200, "--lr", 1e-3]
     flags += ["--modality", "T1:32x32x32:8x8x8", "--modality", "rsfMRI:24x24x24x4:8x8x8x2", "--no-share-prefix"]
-    flags += ["--questions-per-step", 2, "--max-steps", 8, "--max-answer-tokens", 3, "--decode", "free", "--no-report"]
+    flags += [
+        "--questions-per-step",
+        2,
+        "--max-steps",
+        8,
+        "--max-answer-tokens",
+        3,
+        "--decode",
+        "greedy",
+        "--no-report",
+    ]
     train_umbrella_mri.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     series = [["hemisphere" in name for name in line["ids"]] for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert any(len(set(kind)) == 2 for kind in series)  # one of each in a step, and so a rank each

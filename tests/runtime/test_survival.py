@@ -18,26 +18,36 @@ import torch
 from helpers import metrics_of, read_lines, read_tensors, refused, run, stop_in
 from PIL import Image
 
-import runtime
+import common
 import train_llava_med
+from inputs import data_check
+from runtime import lock, ranks, saving
+from runtime.signals import StopSignal
 
 ROOT = Path(train_llava_med.__file__).parent
 # two images and some 18 questions a step
-FLAGS = ["--limit", 60, "--questions-per-step", 12, "--lr", 1e-3, "--save-every", 1, "--keep", 100]
+FLAGS = ["--limit", 60, "--questions-per-step", 12, "--lr", 1e-3, "--save-every", 1]
 FLAGS += ["--eval-every", 100, "--max-answer-tokens", 1, "--max-steps", 6]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_checkpoint_is_kept():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "KEPT", 100)
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(demo_folder, tmp_path_factory):
+def undisturbed(demo_folder, tmp_path_factory):
     """A run of six steps that nothing disturbed. Tests must not write here."""
-    out = tmp_path_factory.mktemp("survival") / "whole"
+    out = tmp_path_factory.mktemp("survival") / "undisturbed"
     run(demo_folder, out, *FLAGS)
     return out
 
 
 def checkpoint(out: Path, step: int) -> dict:
     folder = out / "checkpoints" / f"step-{step:08d}"
-    assert runtime.checkpoint_fault(folder) is None
+    assert saving.fault(folder) is None
     return read_tensors(folder)
 
 
@@ -47,15 +57,15 @@ def equal(a: dict, b: dict) -> bool:
 
 def during(monkeypatch, step: int, action) -> None:
     """Do something in the middle of a step, after its backward passes."""
-    sum_gradients, at = runtime.sum_gradients, [0]
+    sum_gradients, at = ranks.sum_gradients, [0]
 
     def disturbed(parameters):
         sum_gradients(parameters)
         at[0] += 1
         if at[0] == step:
-            action(parameters)
+            action(list(parameters))
 
-    monkeypatch.setattr(runtime, "sum_gradients", disturbed)
+    monkeypatch.setattr(ranks, "sum_gradients", disturbed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,7 +85,7 @@ def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(demo_folder
 def test_a_second_signal_ends_the_program_at_once(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with runtime.StopSignal() as stop:
+    with StopSignal() as stop:
         stop.wait()
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGUSR1)  # `timeout` signals a process twice within moments
@@ -87,16 +97,16 @@ def test_a_second_signal_ends_the_program_at_once(monkeypatch):
 
 def test_a_signal_while_nothing_is_unsaved_ends_the_program_with_85():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, runtime.StopSignal():
+    with pytest.raises(SystemExit) as caught, StopSignal():
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 85
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_during_validation_loses_nothing(demo_folder, whole, tmp_path, monkeypatch):
+def test_a_signal_during_validation_loses_nothing(demo_folder, undisturbed, tmp_path, monkeypatch):
     out, flags = tmp_path / "run", [*FLAGS, "--save-every", 100, "--eval-every", 3]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
-        loss, calls = train_llava_med.mean_loss, []
+        loss, calls = common.mean_loss, []
 
         def signalled(*rest):
             calls.append(1)
@@ -104,25 +114,27 @@ def test_a_signal_during_validation_loses_nothing(demo_folder, whole, tmp_path, 
                 signal.raise_signal(signal.SIGTERM)
             return loss(*rest)
 
-        patch.setattr(train_llava_med, "mean_loss", signalled)
+        patch.setattr(common, "mean_loss", signalled)
         run(demo_folder, out, *flags)
     assert [line["step"] for line in metrics_of(out)] == [1, 2, 3]
     run(demo_folder, out, *flags)
     assert [line["step"] for line in metrics_of(out) if "val_loss" in line] == [3, 6]  # made up for
-    assert equal(checkpoint(out, 6), checkpoint(whole, 6))
+    assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
 
 
-def test_a_signal_while_answering_ends_with_85_and_the_next_start_answers(demo_folder, whole, tmp_path, monkeypatch):
+def test_a_signal_while_answering_ends_with_85_and_the_next_start_answers(
+    demo_folder, undisturbed, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
-        patch.setattr(train_llava_med, "answer", lambda *rest: signal.raise_signal(signal.SIGUSR1))
+        patch.setattr(common, "answer", lambda *rest: signal.raise_signal(signal.SIGUSR1))
         run(demo_folder, out, *FLAGS)
     assert not (out / "predictions.jsonl").exists()
     run(demo_folder, out, *FLAGS)
-    assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    assert (out / "predictions.jsonl").read_text() == (undisturbed / "predictions.jsonl").read_text()
 
 
-def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, whole, tmp_path):
+def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, undisturbed, tmp_path):
     """`train … 2>&1 | tee log`: the signal goes to both, and whoever prints then gets a broken pipe."""
     out = tmp_path / "run"
     argv = [
@@ -143,7 +155,7 @@ def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, whole, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 85
     (folder,) = (out / "checkpoints").iterdir()
-    assert runtime.checkpoint_fault(folder) is None
+    assert saving.fault(folder) is None
     assert int(folder.name[5:]) == metrics_of(out)[-1]["step"]
 
 
@@ -152,7 +164,7 @@ def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, whole, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoints(demo_folder, whole, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoints(demo_folder, undisturbed, tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]
@@ -166,18 +178,19 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoints(demo_folder, wh
         assert 1 <= step < 6 and len(folders) == step
         assert text.startswith(f"{out}/checkpoints/step-{step + 1:08d} cannot be written: ")
         assert "No space left on device" in text and f"MB free in {out}/checkpoints" in text
-        assert [runtime.checkpoint_fault(folder) for folder in folders] == [None] * step
+        assert [saving.fault(folder) for folder in folders] == [None] * step
         for folder in folders[:-1]:
             shutil.rmtree(folder)
-        run(demo_folder, out, *FLAGS, "--keep", 1)
-        assert equal(checkpoint(out, 6), checkpoint(whole, 6))
+        monkeypatch.setattr(saving, "KEPT", 1)
+        run(demo_folder, out, *FLAGS)
+        assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)  # the run that failed may hold its metrics open
 
 
 @pytest.mark.parametrize("limit", [400_000, 2_000], ids=["while saving", "while logging"])
 def test_a_file_that_cannot_grow_is_named_and_leaves_the_earlier_checkpoints(
-    demo_folder, whole, tmp_path, monkeypatch, limit
+    demo_folder, undisturbed, tmp_path, monkeypatch, limit
 ):
     out, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -189,7 +202,7 @@ def test_a_file_that_cannot_grow_is_named_and_leaves_the_earlier_checkpoints(
     assert "cannot be written" in text and "File too large" in text and "MB free in" in text
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     run(demo_folder, out, *FLAGS)
-    assert equal(checkpoint(out, 6), checkpoint(whole, 6))
+    assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_before_weights_are_read(demo_folder, tmp_path, monkeypatch):
@@ -231,67 +244,67 @@ def leave_lock(out: Path, owner: dict) -> Path:
 
 def test_a_second_run_on_the_same_folder_is_refused(demo_folder, tmp_path, another):
     out = tmp_path / "run"
-    lock = leave_lock(out, runtime._process(another.pid))
+    file = leave_lock(out, lock.process(another.pid))
     text = refused(demo_folder, out, *FLAGS)
     assert text == (
         f"{out} is in use by process {another.pid} on {socket.gethostname()}: stop it first, or use another --out"
     )
     assert [path.name for path in out.iterdir()] == ["lock"]
-    run(demo_folder, out, "--check")  # proving the data disturbs nobody
-    assert json.loads(lock.read_text())["pid"] == another.pid
+    run(demo_folder, out, "--check")  # checking the data disturbs nobody
+    assert json.loads(file.read_text())["pid"] == another.pid
 
 
 @pytest.mark.parametrize("what", ["dead", "another process with its number", "unreadable"])
 def test_the_lock_of_a_dead_run_is_taken_over(tmp_path, monkeypatch, another, what, capsys):
-    owner = runtime._process(another.pid)
+    owner = lock.process(another.pid)
     if what == "dead":
         another.kill()
         another.wait()
-    lock = leave_lock(tmp_path / "run", {**owner, "began": "1"} if what.startswith("another") else owner)
+    file = leave_lock(tmp_path / "run", {**owner, "began": "1"} if what.startswith("another") else owner)
     if what == "unreadable":  # of no host: nobody touches it
-        lock.write_text("")
-        monkeypatch.setattr(runtime.Lock, "patience", 0.5)
-    with runtime.Lock(tmp_path / "run"):
-        assert json.loads(lock.read_text())["pid"] == os.getpid()
-    assert not lock.exists()
+        file.write_text("")
+        monkeypatch.setattr(lock.Lock, "patience", 0.5)
+    with lock.Lock(tmp_path / "run"):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert not file.exists()
     assert "which has ended: taken over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkeypatch, lives):
-    lock = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
-    monkeypatch.setattr(runtime.Lock, "touch", 0.2)
-    monkeypatch.setattr(runtime.Lock, "patience", 1.0)
+    file = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
+    monkeypatch.setattr(lock.Lock, "touch", 0.2)
+    monkeypatch.setattr(lock.Lock, "patience", 1.0)
     if lives:
-        threading.Timer(0.3, os.utime, [lock]).start()
-        with pytest.raises(SystemExit, match="in use by process 1 on elsewhere"), runtime.Lock(tmp_path / "run"):
+        threading.Timer(0.3, os.utime, [file]).start()
+        with pytest.raises(SystemExit, match="in use by process 1 on elsewhere"), lock.Lock(tmp_path / "run"):
             pass
     else:
-        with runtime.Lock(tmp_path / "run"):
-            first = lock.stat().st_mtime_ns
+        with lock.Lock(tmp_path / "run"):
+            first = file.stat().st_mtime_ns
             time.sleep(0.5)
-            assert lock.stat().st_mtime_ns > first  # as this run touches its own
-    assert lock.exists() == lives
+            assert file.stat().st_mtime_ns > first  # as this run touches its own
+    assert file.exists() == lives
 
 
 def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, monkeypatch):
     """The one that is slower to remove the dead run's lock must not remove the quicker one's."""
-    lock = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
-    monkeypatch.setattr(runtime.Lock, "touch", 0.1)
-    monkeypatch.setattr(runtime.Lock, "patience", 0.3)
-    text_of, quicker = runtime._text_of, json.dumps(runtime._process(os.getppid()))
+    file = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
+    monkeypatch.setattr(lock.Lock, "touch", 0.1)
+    monkeypatch.setattr(lock.Lock, "patience", 0.3)
+    text_of, quicker = lock.text_of, json.dumps(lock.process(os.getppid()))
 
     def overtaken(path):
         text = text_of(path)
-        if path != lock:  # renamed: in the same moment it was the other's already
+        if path != file:  # renamed: in the same moment it was the other's already
             path.write_text(quicker)
             return quicker
         return text
 
-    monkeypatch.setattr(runtime, "_text_of", overtaken)
-    with pytest.raises(SystemExit, match=f"in use by process {os.getppid()} on "), runtime.Lock(tmp_path / "run"):
+    monkeypatch.setattr(lock, "text_of", overtaken)
+    with pytest.raises(SystemExit, match=f"in use by process {os.getppid()} on "), lock.Lock(tmp_path / "run"):
         pass
-    assert lock.read_text() == quicker
+    assert file.read_text() == quicker
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
@@ -313,31 +326,31 @@ def infinite(parameters) -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(
-    demo_folder, whole, tmp_path, monkeypatch, capsys
+    demo_folder, undisturbed, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     during(monkeypatch, 5, infinite)
     run(demo_folder, out, *FLAGS)
     assert equal(checkpoint(out, 5), checkpoint(out, 4))  # parameters and moments
     assert not equal(checkpoint(out, 6), checkpoint(out, 5))
-    ids = next(line["ids"] for line in metrics_of(whole) if line["step"] == 5)
+    ids = next(line["ids"] for line in metrics_of(undisturbed) if line["step"] == 5)
     (line,) = read_lines(out / "bad_steps.jsonl")
     assert (line["step"], line["grad_norm"], line["ids"]) == (5, "inf", ids)
     assert float(line["loss"]) > 0
     assert [line["step"] for line in metrics_of(out) if "loss" in line] == [1, 2, 3, 4, 6]
     text = capsys.readouterr().out
-    assert "step 00005 | loss " in text and f"nothing was changed by rows {ids}" in text
+    assert "step 00005 | loss " in text and f"nothing was changed by examples {', '.join(ids[:3])}" in text
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(demo_folder, tmp_path, monkeypatch):
-    supervised_loss, calls = train_llava_med.common.supervised_loss, []
+    supervised_loss, calls = common.supervised_loss, []
 
     def sometimes_nan(*rest):
         calls.append(1)
         loss, tokens = supervised_loss(*rest)
         return (loss * torch.nan if len(calls) == 6 else loss), tokens  # validation takes the first two
 
-    monkeypatch.setattr(train_llava_med.common, "supervised_loss", sometimes_nan)
+    monkeypatch.setattr(common, "supervised_loss", sometimes_nan)
     run(demo_folder, tmp_path, *FLAGS)
     (line,) = read_lines(tmp_path / "bad_steps.jsonl")
     assert line["loss"] == "nan"
@@ -345,7 +358,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(demo_folder, tmp_path, monkey
 
 
 def test_three_bad_steps_in_a_row_end_the_run_with_86_and_can_be_replayed(
-    demo_folder, whole, tmp_path, monkeypatch, capsys
+    demo_folder, undisturbed, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
@@ -365,11 +378,11 @@ def test_three_bad_steps_in_a_row_end_the_run_with_86_and_can_be_replayed(
     assert sorted(line["ids"]) == sorted(name for line in bad for name in line["ids"])
 
 
-def test_a_replay_that_is_stopped_goes_on(demo_folder, whole, tmp_path, monkeypatch):
+def test_a_replay_that_is_stopped_is_resumed(demo_folder, undisturbed, tmp_path, monkeypatch):
     ids = tmp_path / "ids"
     ids.write_text("\n".join(row["id"] for row in read_lines(demo_folder / "data" / "train.jsonl")[:30]))
     flags = [*FLAGS, "--only-ids", ids, "--epochs", 3]
-    start = whole / "checkpoints" / "step-00000004"
+    start = undisturbed / "checkpoints" / "step-00000004"
     run(demo_folder, tmp_path / "once", *flags, "--resume", start)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="85"):
         stop_in(patch, 2)
@@ -382,7 +395,7 @@ def test_a_replay_that_is_stopped_goes_on(demo_folder, whole, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("no_such_row\n", "1 are no training rows, such as 'no_such_row'"),
+        ("no_such_example\n", "1 are no training examples, such as 'no_such_example'"),
         ('{"id": "a"}\n', "neither a line an ID nor lines of JSON with ids"),
         (None, "neither a line an ID nor lines of JSON with ids"),
     ],
@@ -432,7 +445,7 @@ def test_ten_bad_images_in_a_thousand_are_all_listed_and_exactly_those_left_out(
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
             return opened(file, *rest, **named)
 
-        monkeypatch.setattr(runtime.Image, "open", unreadable)
+        monkeypatch.setattr(Image, "open", unreadable)
     said = ["cannot be read", "cannot be read", "neither JPEG nor PNG", "is missing", "20000 x 15000 pixels"]
     said += ["colour mode CMYK", "2 frames", "leads outside", "leads outside", "Permission denied"]
 
@@ -455,12 +468,12 @@ def test_ten_bad_images_in_a_thousand_are_all_listed_and_exactly_those_left_out(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_turns_bad_during_training_stops_the_run_with_a_checkpoint(
-    demo_folder, whole, tmp_path, monkeypatch, workers
+    demo_folder, undisturbed, tmp_path, monkeypatch, workers
 ):
     shutil.copytree(demo_folder / "data", tmp_path / "data")
     (tmp_path / "model").symlink_to(demo_folder / "model")
     images = {row["id"]: row["image"] for row in read_lines(tmp_path / "data" / "train.jsonl")}
-    steps = [[images[name] for name in line["ids"]] for line in metrics_of(whole) if "loss" in line]
+    steps = [[images[name] for name in line["ids"]] for line in metrics_of(undisturbed) if "loss" in line]
     name = steps[-1][0]
     step = 1 + next(i for i, used in enumerate(steps) if name in used)
     assert step > 1
@@ -471,11 +484,11 @@ def test_a_file_that_turns_bad_during_training_stops_the_run_with_a_checkpoint(
             file.truncate(100)
 
     with monkeypatch.context() as patch:
-        check = runtime.check_media
-        patch.setattr(runtime, "check_media", lambda *rest: (check(*rest), cut())[0])  # right after it was whole
+        check = data_check.check_media
+        patch.setattr(data_check, "check_media", lambda *rest: (check(*rest), cut())[0])  # right after it was read
         text = refused(tmp_path, tmp_path / "run", *flags)
     assert text.startswith(f"step {step}: {name} cannot be read: ") and "The steps before are saved" in text
-    assert runtime.checkpoint_fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None
+    assert saving.fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None
     shutil.copy(demo_folder / "data" / name, tmp_path / "data" / name)
     run(tmp_path, tmp_path / "run", *flags)
-    assert equal(checkpoint(tmp_path / "run", 6), checkpoint(whole, 6))
+    assert equal(checkpoint(tmp_path / "run", 6), checkpoint(undisturbed, 6))
