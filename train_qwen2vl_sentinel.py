@@ -53,7 +53,7 @@ OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels", "sentinels"]  # own f
 
 
 def parse_arguments(argv):
-    parser = flags.shared(__doc__, decode="trie")
+    parser = flags.shared(__doc__, decode="constrained")
     add = parser.add_argument_group("Qwen2-VL").add_argument
     add("--min-pixels", type=flags.positive, help="smaller images are enlarged (default: the checkpoint's own)")
     add("--max-pixels", type=flags.positive, help="larger images are reduced (default: the checkpoint's own)")
@@ -108,7 +108,7 @@ class QwenTask(Task):
 
     def __init__(self, folder: Path, args):
         super().__init__(args, models.tokenizer(folder))
-        if args.sentinels == "keep" and args.decode != "free" and not args.merge:  # perhaps only the checkpoint says so
+        if args.sentinels == "keep" and args.decode != "greedy" and not args.merge:  # perhaps only the checkpoint says so
             raise SystemExit("--sentinels keep: the end of an answer is not supervised there; give --decode free")
         config, self.image_id = models.config(folder, MODELS), None
         try:  # read from config.json, never computed
@@ -322,7 +322,8 @@ def main(argv=None) -> None:
         task = QwenTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
-        examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
+        if args.data:  # --check without it looks at the checkpoint alone
+            examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
             return models.count(load_model, folder, task, run)  # what would be trained, without reading weights
         # ---- train ----

@@ -153,8 +153,6 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = argv
-    args.rslora = False  # until the scripts have switched
-    args.decode = {new: old for old, new in ANSWERS.items()}.get(args.decode, args.decode)  # until common.py has
     needed = ["model"] if args.merge or (args.check and not args.data) else ["model", "data", "out"]
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
