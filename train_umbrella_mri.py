@@ -60,19 +60,21 @@ OWN_SETTINGS = [*volumes.SETTINGS, "supervise", "embedded", "worded"]
 
 def parse_arguments(argv):
     tunings = {"embedding": "the patch embeddings alone", "embedding+lora": "and adapters in the language model"}
-    parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, decode="score")
+    parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, decode="ranked")
     add, yes_no = parser.add_argument_group("volumes").add_argument, argparse.BooleanOptionalAction
-    what = f"a kind of volume, in voxels; repeat it for each (default: {' and '.join(volumes.DEFAULT)})"
+    what = f"a kind of volume, in voxels; repeatable (default: {' and '.join(volumes.DEFAULT)})"
     add("--modality", action="append", metavar="NAME:SIZE:PATCH[:CHANNELS]", help=what)
     what = "where patches do not fill a size: pad with zeros or crop, both symmetrically (default: pad)"
     add("--ragged", choices=["pad", "crop"], default="pad", help=what)
-    add("--resample", action=yes_no, default=False, help="bring other sizes to the declared one, trilinear")
-    add("--fit-time", action=yes_no, default=False, help="of longer series the first frames, shorter ones end in zeros")
-    add("--normalise", action=yes_no, default=True, help="z-score over the voxels that are not zero, which stay zero")
+    add("--resample", action=yes_no, default=False, help="bring other sizes to the declared one, trilinear (default: no)")
+    what = "of longer series the first frames, shorter ones end in zeros (default: no)"
+    add("--fit-time", action=yes_no, default=False, help=what)
+    what = "z-score over the voxels that are not zero, which stay zero (default: yes)"
+    add("--normalise", action=yes_no, default=True, help=what)
     add = parser.add_argument_group("conversations").add_argument
-    what = "answers of a training conversation that are supervised"
+    what = "answers of a training conversation that are supervised (default: last)"
     add("--supervise", choices=["last", "all"], default="last", help=what)
-    what = "the labels of a task, one of which every answer names; repeat it for each (in data: answer_candidates)"
+    what = "a task's labels, of which every answer names one; repeatable (default: the data's answer_candidates)"
     add("--labels", action="append", default=[], metavar="TASK=LABEL,LABEL,…", help=what)
     parser.set_defaults(embedded=[], worded={})
     args = flags.parse(parser, argv)
@@ -334,7 +336,7 @@ def choose_trained(vlm: LlavaForConditionalGeneration, args) -> None:
     """What is trained; whatever is, is float32, because bfloat16 loses small updates."""
     common.train_only(vlm, EMBEDDING_PATTERN if args.tune != "full" else rf"(?!{unread(vlm)}).*")
     if args.tune == "embedding+lora":
-        common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout, args.rslora)
+        common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
     common.train_in_float32(vlm)
 
 
@@ -360,7 +362,7 @@ def load_model(folder: Path, task: UmbrellaTask, dtype: torch.dtype) -> Umbrella
     replace_embeddings(vlm, args)
     models.load_parts(folder, vlm, ours)
     choose_trained(vlm, args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, args)  # --compile, --grad-checkpoint
+    models.checkpoint_gradients(vlm, args)
     return Umbrella(vlm, dtype)
 
 
@@ -444,11 +446,12 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     with program.start(args, OWN_SETTINGS) as run:  # ranks, signals, the run folder's lock, --resume FOLDER's settings
         # ---- the data is checked before any weights are read ----
-        folder = models.find(args.model, weights=not (args.check))
+        folder = models.find(args.model, weights=not args.check)
         task = UmbrellaTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
-        examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
+        if args.data:  # --check without it looks at the checkpoint alone
+            examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
             return models.count(load_model, folder, task, run)  # what would be trained, without reading weights
         # ---- train ----
