@@ -576,7 +576,6 @@ def answer(model, trees: list[Prompt], examples: dict, task, run) -> dict[str, d
     """
     model.eval()
     mode, tokenizer, limit = run.args.decode, task.tokenizer, run.args.max_answer_tokens
-    mode = {"free": "greedy", "trie": "constrained", "score": "ranked"}.get(mode, mode)  # until flags convert them
     branches = {} if mode == "greedy" else candidate_branches(trees, examples, task)
     ranked = rank_candidates(model, trees, branches, task, run) if mode in ("ranked", "both") else {}
     found = dict(ranked) if mode == "ranked" else {}
