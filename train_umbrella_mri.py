@@ -62,11 +62,12 @@ def parse_arguments(argv):
     tunings = {"embedding": "the patch embeddings alone", "embedding+lora": "and adapters in the language model"}
     parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, decode="ranked")
     add, yes_no = parser.add_argument_group("volumes").add_argument, argparse.BooleanOptionalAction
-    what = f"a kind of volume, in voxels; repeatable (default: {' and '.join(volumes.DEFAULT)})"
+    what = f"a kind of volume, in voxels; repeatable (default: {' '.join(volumes.DEFAULT)})"
     add("--modality", action="append", metavar="NAME:SIZE:PATCH[:CHANNELS]", help=what)
-    what = "where patches do not fill a size: pad with zeros or crop, both symmetrically (default: pad)"
+    what = "where patches do not fill a size: zeros around it, or its rim left out (default: pad)"
     add("--ragged", choices=["pad", "crop"], default="pad", help=what)
-    add("--resample", action=yes_no, default=False, help="bring other sizes to the declared one, trilinear (default: no)")
+    what = "bring other sizes to the declared one, trilinear (default: no)"
+    add("--resample", action=yes_no, default=False, help=what)
     what = "of longer series the first frames, shorter ones end in zeros (default: no)"
     add("--fit-time", action=yes_no, default=False, help=what)
     what = "z-score over the voxels that are not zero, which stay zero (default: yes)"
@@ -74,8 +75,8 @@ def parse_arguments(argv):
     add = parser.add_argument_group("conversations").add_argument
     what = "answers of a training conversation that are supervised (default: last)"
     add("--supervise", choices=["last", "all"], default="last", help=what)
-    what = "a task's labels, of which every answer names one; repeatable (default: the data's answer_candidates)"
-    add("--labels", action="append", default=[], metavar="TASK=LABEL,LABEL,…", help=what)
+    what = "a task's labels: every answer names one; repeatable (default: as in the data)"
+    add("--labels", action="append", default=[], metavar="TASK=A,B,…", help=what)
     parser.set_defaults(embedded=[], worded={})
     args = flags.parse(parser, argv)
     args.modality = args.modality or list(volumes.DEFAULT)
