@@ -14,11 +14,10 @@ or a question a line in DATA/train.jsonl (also val.jsonl, test.jsonl):
 The model reads it in its own chat template, with a token for each patch of a volume; supervised is the last answer.
 By default only the patch embeddings are trained.
 
-    make demo SCRIPT=umbrella_mri                                                             # on a CPU, from nothing
-    python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --check # the data check
-    python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --lr 1e-3
+    make demo SCRIPT=umbrella_mri                                                                 # on a CPU, from nothing
+    python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --lr 1e-3   # first with --check
     torchrun --standalone --nproc-per-node 4 train_umbrella_mri.py --model LLAVA --data DATA --out RUN --lr 1e-3
-    sbatch slurm/umbrella_mri.sh                                                              # a cluster
+    sbatch slurm/umbrella_mri.sh                                                                  # a cluster
 
 To read: this file, then common.py (masking, packing, LoRA, answering), inputs/labels.py (which label an answer names)
 and report/scoring.py (when an answer is right). Whatever else is imported keeps the run alive or looks at it.
@@ -61,9 +60,9 @@ OWN_SETTINGS = [*volumes.SETTINGS, "supervise", "embedded", "worded"]
 def parse_arguments(argv):
     tunings = {"embedding": "the patch embeddings alone", "embedding+lora": "and adapters in the language model"}
     parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, decode="ranked")
-    add, yes_no = parser.add_argument_group("volumes").add_argument, argparse.BooleanOptionalAction
-    what = f"a kind of volume, in voxels; repeatable (default: {' '.join(volumes.DEFAULT)})"
-    add("--modality", action="append", metavar="NAME:SIZE:PATCH[:CHANNELS]", help=what)
+    add, yes_no = parser.add_argument_group("volumes and conversations").add_argument, argparse.BooleanOptionalAction
+    what = f"a kind of volume, in voxels, also with :CHANNELS; repeatable (default: {' '.join(volumes.DEFAULT)})"
+    add("--modality", action="append", metavar="NAME:SIZE:PATCH", help=what)
     what = "where patches do not fill a size: zeros around it, or its rim left out (default: pad)"
     add("--ragged", choices=["pad", "crop"], default="pad", help=what)
     what = "bring other sizes to the declared one, trilinear (default: no)"
@@ -72,7 +71,6 @@ def parse_arguments(argv):
     add("--fit-time", action=yes_no, default=False, help=what)
     what = "z-score over the voxels that are not zero, which stay zero (default: yes)"
     add("--normalise", action=yes_no, default=True, help=what)
-    add = parser.add_argument_group("conversations").add_argument
     what = "answers of a training conversation that are supervised (default: last)"
     add("--supervise", choices=["last", "all"], default="last", help=what)
     what = "a task's labels: every answer names one; repeatable (default: as in the data)"
