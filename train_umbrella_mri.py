@@ -14,7 +14,7 @@ or a question a line in DATA/train.jsonl (also val.jsonl, test.jsonl):
 The model reads it in its own chat template, with a token for each patch of a volume; supervised is the last answer.
 By default only the patch embeddings are trained.
 
-    make demo SCRIPT=umbrella_mri                                                                 # on a CPU, from nothing
+    make demo SCRIPT=umbrella_mri                                                                 # on a CPU
     python train_umbrella_mri.py --model LLAVA_FOLDER_OR_HUB_ID --data DATA --out RUN --lr 1e-3   # first with --check
     torchrun --standalone --nproc-per-node 4 train_umbrella_mri.py --model LLAVA --data DATA --out RUN --lr 1e-3
     sbatch slurm/umbrella_mri.sh                                                                  # a cluster
