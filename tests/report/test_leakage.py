@@ -1,4 +1,4 @@
-"""The data gate: planted faults are found and named, clean data and pictures that only look alike are not accused."""
+"""The leakage check: planted faults are found and named; clean data, and pictures that only look alike, pass."""
 
 import json
 import shutil
@@ -7,18 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import read_lines
+from helpers import load_demo, read_lines
 from PIL import Image, ImageEnhance, ImageOps
 
-import report
-import train_llava_med
-import train_qwen2vl_sentinel
-import train_surg_video_vqa
-import train_umbrella_mri
-import train_video_plain_lm
-from runtime import shown
+from report import leakage
+from report.examples import read
 
-PUBLISHED = Path(__file__).parents[1] / "../shared/data/surgvivqa_audio"
+# the published annotations of SurgViVQA-Audio, where they lie beside the project
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "surgvivqa_audio"
 
 
 def picture(seed: int, size=(320, 256), own: float = 0.7) -> Image.Image:
@@ -36,42 +32,42 @@ def picture(seed: int, size=(320, 256), own: float = 0.7) -> Image.Image:
 
 
 def write(folder: Path, **splits) -> Path:
-    """A data folder: each split a list of rows, of which only what matters is given; pictures are saved by name."""
-    for split, rows in splits.items():
+    """A data folder: each split a list of lines, of which only what matters is given; pictures are saved by name."""
+    for split, given in splits.items():
         lines = []
-        for i, row in enumerate(rows):
-            row = {
+        for i, line in enumerate(given):
+            line = {
                 "id": f"{split}{i}",
                 "group": f"{split} {i}",
                 "question": f"Is {split} {i} red?",
                 "answer": "yes",
-            } | row
-            for name, image in row.pop("files", {}).items():
+            } | line
+            for name, image in line.pop("files", {}).items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 image.save(folder / name, quality=95)
-            lines.append(json.dumps(row))
+            lines.append(json.dumps(line))
         folder.mkdir(exist_ok=True)
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def shows(name: str, image: Image.Image, **row) -> dict:
-    return {"image": name, "files": {name: image}, **row}
+def shows(name: str, image: Image.Image, **fields) -> dict:
+    return {"image": name, "files": {name: image}, **fields}
 
 
-def asks(name: str, **row) -> dict:
+def asks(name: str, **fields) -> dict:
     """The same picture and, unless it says otherwise, the same question."""
-    return shows(name, picture(1), **{"question": "Is it red?"} | row)
+    return shows(name, picture(1), **{"question": "Is it red?"} | fields)
 
 
-def gated(folder: Path) -> dict:
-    rows, problems = report.read_folder(folder)
+def checked(folder: Path) -> dict:
+    examples, problems = read(folder)
     assert problems == []
-    return report.data_gate(folder, rows)
+    return leakage.check(folder, examples)
 
 
 def found(folder: Path) -> list[tuple[str, str, str]]:
-    return [(f["kind"], f["where"], f["text"]) for f in gated(folder)["findings"]]
+    return [(f["kind"], f["where"], f["text"]) for f in checked(folder)["findings"]]
 
 
 def only(folder: Path, kind: str, where: str) -> str:
@@ -92,8 +88,8 @@ def pair(tmp_path):
         changed = change(original)
         changed.save(tmp_path / f"images/copy.{ending}", **{"quality": 90} | settings)
         with (tmp_path / "test.jsonl").open("a") as file:
-            row = {"id": "c", "group": "c", "image": f"images/copy.{ending}", "question": "Is it big?", "answer": "no"}
-            file.write(json.dumps(row) + "\n")
+            line = {"id": "c", "group": "c", "image": f"images/copy.{ending}", "question": "Is it big?", "answer": "no"}
+            file.write(json.dumps(line) + "\n")
         return tmp_path
 
     return build
@@ -106,27 +102,17 @@ def pair(tmp_path):
 
 @pytest.mark.parametrize("demo", ["demo_folder", "qwen_folder", "video_folder", "mri_folder", "plain_folder"])
 def test_a_clean_demo_has_no_findings(demo, request, capsys):
-    result = gated(request.getfixturevalue(demo) / "data")
-    report.print_gate(result)
+    result = checked(request.getfixturevalue(demo) / "data")
+    leakage.print_result(result)
     assert result["findings"] == [] and result["counts"]["not looked at"] == 0
     assert set(result["splits"]) == {"train", "val", "test"}
-    assert capsys.readouterr().out.endswith("gate: no findings\n")
+    assert capsys.readouterr().out.endswith("leakage check: no findings\n")
 
 
-def rows_of(script, folder: Path, *flags) -> list:
-    argv = ["--model", folder / "model", "--data", folder / "data", "--out", "never written", *flags]
-    args = script.parse_arguments([str(a) for a in argv])
-    if script is train_umbrella_mri:
-        script.load_text(folder / "model", args)  # modalities and labels are the checkpoint's
-    return script.read_data(folder / "data", args)[0]
-
-
-def test_the_rows_of_the_scripts_are_taken_too(demo_folder, mri_folder):
-    for rows, folder in (
-        (rows_of(train_llava_med, demo_folder), demo_folder),
-        (rows_of(train_umbrella_mri, mri_folder, "--flip"), mri_folder),  # mirrored copies are no second question
-    ):
-        assert report.data_gate(folder / "data", rows)["findings"] == []
+def test_the_examples_of_the_scripts_have_no_findings(demo):
+    folder, script, flags = demo
+    result = leakage.check(folder / "data", load_demo(folder, script, *flags).examples)
+    assert result["findings"] == [] and result["counts"]["not looked at"] == 0
 
 
 def test_different_pictures_of_one_kind_are_not_near(tmp_path):
@@ -152,7 +138,7 @@ def test_pictures_without_structure_are_compared_by_bytes(tmp_path):
     )
     write(tmp_path, test=[shows("dark.png", Image.fromarray(noise[::-1])), shows("same.png", Image.fromarray(noise))])
     assert "same.png of test is black.png" in only(tmp_path, "same file", "test.jsonl:2")
-    assert gated(tmp_path)["counts"]["flat"] == 3  # of four files one is the same as another
+    assert checked(tmp_path)["counts"]["flat"] == 3  # of four files one is the same as another
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,7 +185,7 @@ def test_an_exif_rotation_does_not_hide_a_copy(pair):
 
 def test_copies_of_the_drawn_frames_are_found_with_their_own_original(demo_folder, tmp_path):
     data = shutil.copytree(demo_folder / "data", tmp_path / "data")
-    shown = list(dict.fromkeys(row["image"] for row in read_lines(data / "train.jsonl")))[:20]
+    shown = list(dict.fromkeys(line["image"] for line in read_lines(data / "train.jsonl")))[:20]
     lines = []
     for i, name in enumerate(shown):
         Image.open(data / name).save(data / f"images/copy{i}.jpg", quality=50)
@@ -221,8 +207,8 @@ def test_the_same_bytes_are_one_finding_whatever_the_name(tmp_path):
 
 def test_digests_of_the_caller_are_believed(tmp_path):
     write(tmp_path, train=[shows("images/a.jpg", picture(1))], test=[shows("images/b.jpg", picture(2))])
-    rows, _ = report.read_folder(tmp_path)
-    result = report.data_gate(tmp_path, rows, {"images/a.jpg": "5e1f", "images/b.jpg": "5e1f"})
+    examples, _ = read(tmp_path)
+    result = leakage.check(tmp_path, examples, {"images/a.jpg": "5e1f", "images/b.jpg": "5e1f"})
     assert [finding["kind"] for finding in result["findings"]] == ["same file"]
 
 
@@ -231,7 +217,7 @@ def test_files_that_cannot_be_opened_are_counted_and_compared_by_name(tmp_path):
     write(tmp_path, test=[{"image": "gone.jpg", "group": None}])  # its group is the file: no second finding
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:500])
     assert "by its name" in only(tmp_path, "same file", "test.jsonl:1")
-    assert gated(tmp_path)["counts"]["not looked at"] == 2
+    assert checked(tmp_path)["counts"]["not looked at"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,14 +229,14 @@ def test_clips_that_share_frames_are_counted(video_folder, tmp_path):
     data = shutil.copytree(video_folder / "data", tmp_path / "data")
     train, lines = read_lines(data / "train_multivideo.jsonl"), read_lines(data / "test_multivideo.jsonl")
     one, all_eight = lines[0], lines[-1]
-    for row, count in ((one, 1), (all_eight, 8)):
-        for name, frame in list(zip(row["frames"], train[0]["frames"], strict=True))[:count]:
+    for clip, count in ((one, 1), (all_eight, 8)):
+        for name, frame in list(zip(clip["frames"], train[0]["frames"], strict=True))[:count]:
             source = data / "frames" / train[0]["video_id"] / f"{frame}.jpg"
-            shutil.copy(source, data / "frames" / row["video_id"] / f"{name}.jpg")
-    touched = sum(one["frames"][0] in row["frames"] or row["frames"] == all_eight["frames"] for row in lines)
-    contained = sum(row["frames"] == all_eight["frames"] for row in lines)
+            shutil.copy(source, data / "frames" / clip["video_id"] / f"{name}.jpg")
+    touched = sum(one["frames"][0] in clip["frames"] or clip["frames"] == all_eight["frames"] for clip in lines)
+    contained = sum(clip["frames"] == all_eight["frames"] for clip in lines)
     texts = {kind: text for kind, _, text in found(data)}
-    assert f"8 of {len({n for row in lines for n in row['frames']}) - 1} frames of test" in texts["shared frames"]
+    assert f"8 of {len({n for clip in lines for n in clip['frames']}) - 1} frames of test" in texts["shared frames"]
     assert f"in {touched} of {len(lines)} questions, {contained} of which show nothing else" in texts["shared frames"]
     assert "same file" in texts
 
@@ -262,12 +248,12 @@ def test_a_patient_in_two_splits_is_found(tmp_path):
     assert text == "group patient 7 of test is also in train (train.jsonl:1)"
 
 
-def test_every_subject_of_a_row_counts(tmp_path):
-    rows = []
+def test_every_subject_of_an_example_counts(tmp_path):
+    examples = []
     for split, groups in (("train", ["s1", "s2"]), ("test", ["s3", "s2"])):
-        row = {"where": f"{split}:1", "split": split, "id": split, "groups": groups, "media": []}
-        rows.append(SimpleNamespace(**row, question="", answer="yes", question_type="yes_no"))
-    texts = [finding["text"] for finding in report.data_gate(tmp_path, rows)["findings"]]
+        known = {"where": f"{split}:1", "split": split, "id": split, "groups": groups, "media": [], "shown": []}
+        examples.append(SimpleNamespace(**known, question="", answer="yes", question_type="yes_no"))
+    texts = [finding["text"] for finding in leakage.check(tmp_path, examples)["findings"]]
     assert texts == ["group s2 of test is also in train (train:1)"]
 
 
@@ -292,10 +278,10 @@ def test_the_same_question_asked_twice_is_found(tmp_path):
 def test_forms_of_one_answer_are_no_contradiction(tmp_path):
     same = [("pink; red", "red;pink", "color"), ("(a) oval", "oval", "mcq"), ("two", "2", "count_numeric")]
     for one, other, kind in same:
-        rows = [asks("a.jpg", answer=answer, question_type=kind) for answer in (one, other)]
-        only(write(tmp_path, train=rows), "same question", "train.jsonl:2")
-    rows = [asks("a.jpg", answer="No, it is not.", short_answer="no"), asks("a.jpg", answer="no, it is not")]
-    only(write(tmp_path, train=rows), "same question", "train.jsonl:2")
+        twice = [asks("a.jpg", answer=answer, question_type=kind) for answer in (one, other)]
+        only(write(tmp_path, train=twice), "same question", "train.jsonl:2")
+    twice = [asks("a.jpg", answer="No, it is not.", short_answer="no"), asks("a.jpg", answer="no, it is not")]
+    only(write(tmp_path, train=twice), "same question", "train.jsonl:2")
 
 
 def test_what_was_said_before_is_part_of_the_question(tmp_path):
@@ -309,7 +295,7 @@ def test_what_was_said_before_is_part_of_the_question(tmp_path):
     assert found(tmp_path) == []
     write(tmp_path, train=[talk("<image>Left?", "yes", "Sure?", "yes"), talk("Left?\n<image>", "yes", "Sure?", "no")])
     kinds = [(kind, where) for kind, where, _ in found(tmp_path)]
-    assert kinds == [("conflict", "train.jsonl:2"), ("same question", "train.jsonl:2 turn 1")]
+    assert kinds == [("conflict", "train.jsonl:2 turn 1"), ("same question", "train.jsonl:2 turn 0")]
 
 
 def test_captions_may_differ_and_texts_alone_may_repeat(tmp_path):
@@ -328,9 +314,9 @@ def test_a_type_with_one_answer_is_noted(tmp_path, capsys):
     asked = [("Is it red?", "yes"), ("Is it big?", "Yes"), ("How many?", "1"), ("How many are red?", "2")]
     asked.append(("What color is it?", "red"))
     write(tmp_path, train=[shows("a.jpg", picture(1), question=q, answer=a, group="x") for q, a in asked])
-    result = gated(tmp_path)
+    result = checked(tmp_path)
     assert result["findings"] == [] and result["splits"]["train"]["single_class"] == ["yes_no"]
-    report.print_gate(result)
+    leakage.print_result(result)
     assert "always the same answer to yes_no" in capsys.readouterr().out
 
 
@@ -341,61 +327,19 @@ def test_a_type_with_one_answer_is_noted(tmp_path, capsys):
 
 def test_ten_findings_of_a_kind_are_printed_and_all_are_kept(tmp_path, capsys):
     write(tmp_path, train=[{"image": f"{i}.jpg", "answer": ""} for i in range(47)])
-    result = gated(tmp_path)
-    report.print_gate(result)
+    result = checked(tmp_path)
+    leakage.print_result(result)
     printed = capsys.readouterr().out
     assert len(result["findings"]) == 47 and printed.count("empty answer: train.jsonl") == 10
-    assert "empty answer: … and 37 more" in printed and printed.endswith("gate: 47 findings (47 empty answer)\n")
+    assert "empty answer: … and 37 more" in printed and printed.endswith(
+        "leakage check: 47 findings (47 empty answer)\n"
+    )
     json.dumps(result)
-
-
-def test_lines_that_are_no_rows_are_problems_and_the_others_are_read(tmp_path):
-    good = json.dumps({"image": "a.jpg", "question": "Is it red?", "answer": None})
-    bad = ["{", "[1]", json.dumps({"conversations": 3})]
-    turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "no"}, "no turn"]
-    bad.append(json.dumps({"conversations": turns}))
-    (tmp_path / "train.jsonl").write_text("\n".join([*bad, good]))
-    rows, problems = report.read_folder(tmp_path)
-    assert sorted(problem.where for problem in problems) == [f"train.jsonl:{i}" for i in range(1, 5)]
-    assert [(row.where, row.question_type, row.answer, row.media) for row in rows] == [
-        ("train.jsonl:5", "yes_no", None, ["a.jpg"])
-    ]
-
-
-def test_an_unsplit_file_is_divided_as_the_scripts_do(tmp_path):
-    lines = [json.dumps({"img_id": f"i{i}", "question": "Is it red?", "answer": "no"}) for i in range(40)]
-    (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    rows, _ = report.read_folder(tmp_path)
-    flags = ["--model", "m", "--data", str(tmp_path), "--out", "o"]
-    read, _ = train_llava_med.read_data(tmp_path, train_llava_med.parse_arguments(flags))
-    assert [(row.id, row.split, row.media) for row in rows] == [(row.id, row.split, row.media) for row in read]
-
-
-@pytest.mark.parametrize(
-    ("script", "demo", "flags"),
-    [
-        (train_llava_med, "demo_folder", []),
-        (train_qwen2vl_sentinel, "qwen_folder", []),
-        (train_surg_video_vqa, "video_folder", ["--target", "short_answer"]),
-        (train_umbrella_mri, "mri_folder", []),
-        (train_video_plain_lm, "plain_folder", []),
-    ],
-)
-def test_every_layout_is_read_as_its_script_reads_it(script, demo, flags, request):
-    folder = request.getfixturevalue(demo)
-    mine = {row.where: row for row in report.read_folder(folder / "data")[0]}
-    theirs = rows_of(script, folder, *flags)
-    for row in theirs:
-        other = mine[row.where]
-        fields = ("split", "id", "group", "question", "answer", "question_type")
-        assert [getattr(other, name) for name in fields] == [getattr(row, name) for name in fields]
-        assert set(shown(row)) <= set(other.shown)  # a script may choose some of a clip's frames
-    assert len(mine) - len(theirs) == sum(" turn " in where for where in mine)  # train_umbrella_mri leaves these out
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the annotations of SurgViVQA are not here")
 def test_the_published_surgical_clips_share_the_frames_that_are_known():
-    result = gated(PUBLISHED)
+    result = checked(PUBLISHED)
     texts = {finding["kind"]: finding["text"] for finding in result["findings"]}
     assert texts["shared frames"] == (
         "869 of 3070 frames of val are in earlier splits too, in 169 of 398 questions, 45 of which show nothing else"
