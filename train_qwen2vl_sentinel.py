@@ -108,7 +108,7 @@ class QwenTask(Task):
 
     def __init__(self, folder: Path, args):
         super().__init__(args, models.tokenizer(folder))
-        if args.sentinels == "keep" and args.decode != "greedy" and not args.merge:  # perhaps only the checkpoint says so
+        if args.sentinels == "keep" and args.decode != "greedy" and not args.merge:  # or the checkpoint says so
             raise SystemExit("--sentinels keep: the end of an answer is not supervised there; give --decode greedy")
         config, self.image_id = models.config(folder, MODELS), None
         try:  # read from config.json, never computed
