@@ -94,3 +94,23 @@ def difference(found: dict, expected: dict) -> float:
     assert found.keys() == expected.keys()
     # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
     return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=0.1)) for n in expected)
+
+
+@torch.no_grad()
+def far_from_start(parameters) -> None:
+    """Moves parameters, the same way each time."""
+    torch.manual_seed(1)
+    for parameter in parameters:
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@torch.no_grad()
+def llava_logits(model) -> torch.Tensor:
+    """Of the LLaVA demo's model, for one picture and three tokens."""
+    draw = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(1, 3, 72, 72, generator=draw)
+    return model(input_ids=torch.tensor([[1, *[600] * 64, 5, 300, 400]]), pixel_values=pixel_values).logits
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() / b.norm() < 1e-5)

@@ -1,4 +1,4 @@
-"""Packing is exact: prompt trees in packed rows give the loss and gradients of separate rows in transformers' own
+"""Packing is exact: prompt trees in packed sequences give the loss and gradients of separate ones in transformers' own
 forward, and each way of getting the mask, the positions or the mean wrong is caught by the same comparison."""
 
 import random
@@ -13,12 +13,13 @@ from transformers import LlavaForConditionalGeneration
 
 import common
 import train_llava_med as script
-from common import IGNORE, Prompt, pack, plan_steps, supervised_loss, visible
-from runtime import StopSignal
+from common import IGNORE, Prompt, pack, plan_run, supervised_loss, visible
+from runtime import Run
+from runtime.signals import StopSignal
 
 
 def tree(prefix: int, *branches: int, name="t") -> Prompt:
-    """A tree of parts of these lengths; all its tokens differ, and the last of each branch is learned."""
+    """A tree of parts of these lengths; all its tokens differ, and the last of each branch is supervised."""
     tokens = iter(range(1, 10_000))
     first, *rest = [[next(tokens) for _ in range(length)] for length in (prefix, *branches)]
     rest = [(ids, [IGNORE] * (len(ids) - 1) + ids[-1:]) for ids in rest]
@@ -34,38 +35,41 @@ def random_trees(seed: int, count: int = 12) -> list[Prompt]:
     return [tree(number(1, 9), *(number(2, 9) for _ in range(number(1, 12))), name=f"{n}.") for n in range(count)]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------
+# --- packed sequences ------------------------------------------------------------------------------------------
 
 
-def test_row_has_the_written_layout():
-    (row,) = pack([tree(3, 2, 3, name="a"), tree(2, 2, name="b")], max_tokens=12)
-    assert row["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]]
-    assert row["labels"].tolist() == [[-100, -100, -100, -100, 5, -100, -100, 8, -100, -100, -100, 4]]
-    assert row["document"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
-    assert row["branch"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1]]
-    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]]
-    assert row["ends"].tolist() == [4, 7, 11]
-    assert [prompt.media for prompt in row["prompts"]] == ["a", "b"]
+def test_a_packed_sequence_has_the_written_layout():
+    (batch,) = pack([tree(3, 2, 3, name="a"), tree(2, 2, name="b")], max_tokens=12)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, -100, 5, -100, -100, 8, -100, -100, -100, 4]]
+    assert batch["document"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
+    assert batch["branch"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]]
+    assert batch["ends"].tolist() == [4, 7, 11]
+    assert [prompt.media for prompt in batch["prompts"]] == ["a", "b"]
 
 
 def test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_rows():
     image = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 2, 2], [0, 1, 2, 1, 2]])  # time, height, width
     a, b = tree(5, 2, 3), tree(2, 2)
     a.prefix_positions, b.prefix_positions = image, torch.tensor([[0, 1]] * 3)
-    (row,) = pack([a, b], max_tokens=14)
+    (batch,) = pack([a, b], max_tokens=14)
     after = [3, 4, 3, 4, 5, 0, 1, 2, 3]
-    assert row["position_ids"].shape == (3, 1, 14)
-    assert row["position_ids"][:, 0].tolist() == [[*positions, *after] for positions in image.tolist()]
+    assert batch["position_ids"].shape == (3, 1, 14)
+    assert batch["position_ids"][:, 0].tolist() == [[*positions, *after] for positions in image.tolist()]
 
     divided = pack([a], max_tokens=8)  # each part keeps the prefix's own positions
-    assert [row["position_ids"][2, 0].tolist() for row in divided] == [[0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 3, 4]]
+    assert [batch["position_ids"][2, 0].tolist() for batch in divided] == [
+        [0, 1, 2, 1, 2, 3, 4, 5],
+        [0, 1, 2, 1, 2, 3, 4],
+    ]
 
 
-def lengths(rows) -> list[list[int]]:
-    return [[len(prompt) for prompt in row["prompts"]] for row in rows]
+def lengths(sequences) -> list[list[int]]:
+    return [[len(prompt) for prompt in batch["prompts"]] for batch in sequences]
 
 
-def test_trees_are_spread_over_as_few_rows_as_it_takes():
+def test_trees_are_spread_over_as_few_sequences_as_it_takes():
     trees = [tree(1, length - 1) for length in (3, 4, 5, 6, 7)]
     assert lengths(pack(trees, max_tokens=25)) == [[7, 6, 5, 4, 3]]
     assert lengths(pack(trees, max_tokens=24)) == [[7, 4, 3], [6, 5]]
@@ -74,72 +78,74 @@ def test_trees_are_spread_over_as_few_rows_as_it_takes():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_rank_gets_as_many_rows_as_the_others_and_each_question_once(ranks, seed):
+def test_every_rank_gets_as_many_sequences_as_the_others_and_each_question_once(ranks, seed):
     draw = random.Random(f"{seed} {ranks}")
     trees = [tree(draw.randrange(1, 9), *draw.choices(range(2, 9), k=draw.randrange(1, 5))) for _ in range(20)]
-    rows = pack(trees, 64, ranks)
-    assert len(rows) % ranks == 0
-    assert max(row["input_ids"].numel() for row in rows) <= 64
-    learned = [sum(int((row["labels"] != -100).sum()) for row in rows[r::ranks]) for r in range(ranks)]
-    assert sum(learned) == sum(t.learned() for t in trees)
-    load = [sum(row["input_ids"].numel() for row in rows[r::ranks]) for r in range(ranks)]
-    # the emptiest row is never fuller than another without its last tree
-    assert max(load) - min(load) <= max(map(len, trees)) * len(rows) / ranks
+    sequences = pack(trees, 64, ranks)
+    assert len(sequences) % ranks == 0
+    assert max(batch["input_ids"].numel() for batch in sequences) <= 64
+    supervised = [sum(int((batch["labels"] != -100).sum()) for batch in sequences[r::ranks]) for r in range(ranks)]
+    assert sum(supervised) == sum(t.supervised() for t in trees)
+    load = [sum(batch["input_ids"].numel() for batch in sequences[r::ranks]) for r in range(ranks)]
+    # the emptiest sequence is never fuller than another without its last tree
+    assert max(load) - min(load) <= max(map(len, trees)) * len(sequences) / ranks
 
 
-def test_a_rank_without_a_tree_of_its_own_learns_nothing():
+def test_for_a_rank_without_a_tree_of_its_own_nothing_is_supervised():
     (full, empty) = pack([tree(2, 3, 2)], 64, ranks=2)
     assert empty["input_ids"].tolist() == full["input_ids"].tolist()
     assert empty["labels"].unique().tolist() == [-100]
 
 
-def test_a_tree_longer_than_a_row_is_divided_and_its_prefix_repeated():
-    rows = pack([tree(4, 3, 3, 3, 3, 3)], max_tokens=10)
-    assert [row["prompts"][0].ids for row in rows] == [["t0", "t1"], ["t2", "t3"], ["t4"]]
-    assert rows[1]["input_ids"].tolist() == [[1, 2, 3, 4, 11, 12, 13, 14, 15, 16]]
-    assert rows[1]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]]
-    assert rows[2]["input_ids"].tolist() == [[1, 2, 3, 4, 17, 18, 19]]
+def test_a_tree_longer_than_a_sequence_is_divided_and_its_prefix_repeated():
+    sequences = pack([tree(4, 3, 3, 3, 3, 3)], max_tokens=10)
+    assert [batch["prompts"][0].ids for batch in sequences] == [["t0", "t1"], ["t2", "t3"], ["t4"]]
+    assert sequences[1]["input_ids"].tolist() == [[1, 2, 3, 4, 11, 12, 13, 14, 15, 16]]
+    assert sequences[1]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]]
+    assert sequences[2]["input_ids"].tolist() == [[1, 2, 3, 4, 17, 18, 19]]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_branch_is_packed_once_without_padding_and_within_the_limit(seed):
     trees = random_trees(seed)
     branches = {name: (t.prefix, *branch) for t in trees for name, branch in zip(t.ids, t.branches, strict=True)}
-    rows = pack(trees, max_tokens=40)
+    sequences = pack(trees, max_tokens=40)
     seen = []
-    for row in rows:
-        T = row["input_ids"].shape[1]
+    for batch in sequences:
+        T = batch["input_ids"].shape[1]
         assert T <= 40
-        assert sum(len(prompt) for prompt in row["prompts"]) == T  # no padding
-        assert all(row[name].shape == (1, T) for name in ("labels", "document", "branch", "position_ids"))
-        names = [name for prompt in row["prompts"] for name in prompt.ids]
-        for name, end in zip(names, row["ends"].tolist(), strict=True):
+        assert sum(len(prompt) for prompt in batch["prompts"]) == T  # no padding
+        assert all(batch[name].shape == (1, T) for name in ("labels", "document", "branch", "position_ids"))
+        names = [name for prompt in batch["prompts"] for name in prompt.ids]
+        for name, end in zip(names, batch["ends"].tolist(), strict=True):
             prefix, input_ids, labels = branches[name]
             start = end + 1 - len(input_ids)
-            assert row["input_ids"][0, start : end + 1].tolist() == input_ids
-            assert row["labels"][0, start : end + 1].tolist() == labels
-            own_prefix = (row["document"] == row["document"][0, end]) & (row["branch"] == 0)
-            assert row["input_ids"][own_prefix].tolist() == prefix
-            assert row["position_ids"][0, end] == len(prefix) + len(input_ids) - 1
+            assert batch["input_ids"][0, start : end + 1].tolist() == input_ids
+            assert batch["labels"][0, start : end + 1].tolist() == labels
+            own_prefix = (batch["document"] == batch["document"][0, end]) & (batch["branch"] == 0)
+            assert batch["input_ids"][own_prefix].tolist() == prefix
+            assert batch["position_ids"][0, end] == len(prefix) + len(input_ids) - 1
         seen += names
     assert Counter(seen) == Counter(branches.keys())
 
 
 def test_packing_is_deterministic():
     first, second = pack(random_trees(3), 40), pack(random_trees(3), 40)
-    assert [row["input_ids"].tolist() for row in first] == [row["input_ids"].tolist() for row in second]
-    assert [[p.ids for p in row["prompts"]] for row in first] == [[p.ids for p in row["prompts"]] for row in second]
+    assert [batch["input_ids"].tolist() for batch in first] == [batch["input_ids"].tolist() for batch in second]
+    assert [[p.ids for p in batch["prompts"]] for batch in first] == [
+        [p.ids for p in batch["prompts"]] for batch in second
+    ]
 
 
 def test_a_branch_that_does_not_fit_is_named():
     assert len(pack([tree(5, 2, 5)], max_tokens=10)) == 2
-    with pytest.raises(ValueError, match=r"row t1 needs 10 tokens, more than --pack-tokens 9"):
+    with pytest.raises(ValueError, match=r"example t1 needs 10 tokens, more than --pack-tokens 9"):
         pack([tree(5, 2, 5)], max_tokens=9)
 
 
-def test_a_branch_that_begins_with_a_learned_token_is_refused():
+def test_a_branch_that_begins_with_a_supervised_token_is_refused():
     prompt = Prompt([1, 2], [([3, 4], [IGNORE, 4]), ([5, 6], [5, 6])], ["good", "bad"])
-    with pytest.raises(ValueError, match=r"row bad: the branch's first token is learned"):
+    with pytest.raises(ValueError, match=r"example bad: the branch's first token is supervised"):
         pack([prompt], max_tokens=10)
 
 
@@ -165,7 +171,7 @@ def test_visible_is_the_written_rule(seed):
 
 
 def test_visible_draws_the_picture_in_the_source():
-    (row,) = pack([tree(3, 2, 2, name="a"), tree(2, 2, name="b")], max_tokens=11)
+    (batch,) = pack([tree(3, 2, 2, name="a"), tree(2, 2, name="b")], max_tokens=11)
     picture = [
         "x . . . . . . . . . .",
         "x x . . . . . . . . .",
@@ -179,43 +185,68 @@ def test_visible_draws_the_picture_in_the_source():
         ". . . . . . . x x x .",
         ". . . . . . . x x x x",
     ]
-    drawn = [" ".join("x" if seen else "." for seen in line) for line in visible(row["document"], row["branch"])[0, 0]]
+    seen = visible(batch["document"], batch["branch"])[0, 0]
+    drawn = [" ".join("x" if look else "." for look in line) for line in seen]
     assert drawn == picture
 
 
 # --- steps -----------------------------------------------------------------------------------------------------
 
 
+def steps_of(trees, questions_per_step, seed=0, epochs=1, max_steps=None):
+    settings = {"questions_per_step": questions_per_step, "seed": seed, "epochs": epochs, "max_steps": max_steps}
+    return plan_run(trees, SimpleNamespace(**settings))
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_plan_has_every_question_once_and_no_step_over_the_limit(seed):
+def test_plan_has_every_question_once_an_epoch_and_no_step_over_the_limit(seed):
     trees = random_trees(seed, count=30)
-    steps = plan_steps(trees, questions_per_step=8, seed=seed, epoch=0)
-    assert max(sum(len(t.ids) for t in step) for step in steps) <= 8
-    planned = [(name, branch) for step in steps for t in step for name, branch in zip(t.ids, t.branches, strict=True)]
     given = [(name, branch) for t in trees for name, branch in zip(t.ids, t.branches, strict=True)]
-    assert sorted(planned) == sorted(given)
+    for epochs in (1, 3):
+        steps = steps_of(trees, 8, seed, epochs)
+        assert max(sum(len(t.ids) for t in step) for step in steps) <= 8
+        planned = [pair for step in steps for t in step for pair in zip(t.ids, t.branches, strict=True)]
+        assert sorted(planned) == sorted(given * epochs)
 
 
 def test_plan_divides_a_tree_larger_than_a_step():
-    steps = plan_steps([tree(3, *[2] * 7)], questions_per_step=3, seed=0, epoch=0)
+    steps = steps_of([tree(3, *[2] * 7)], 3)
     assert sorted(t.ids for step in steps for t in step) == [["t0", "t1", "t2"], ["t3", "t4", "t5"], ["t6"]]
     assert all(t.prefix == [1, 2, 3] for step in steps for t in step)
 
 
 def test_plan_fills_a_step_before_it_starts_the_next():
-    steps = plan_steps([tree(3, 2, 2, name=str(n)) for n in range(10)], questions_per_step=4, seed=0, epoch=0)
+    steps = steps_of([tree(3, 2, 2, name=str(n)) for n in range(10)], 4)
     assert [len(step) for step in steps] == [2, 2, 2, 2, 2]
 
 
-def test_plan_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        return [[t.ids for t in step] for step in plan_steps(random_trees(0, 30), 8, seed, epoch)]
+def test_no_step_mixes_two_epochs():
+    steps = steps_of([tree(3, 2, name=str(n)) for n in range(5)], 4, epochs=3)
+    assert [len(step) for step in steps] == [4, 1] * 3
 
-    first = order(0, 0)
+
+def ids(steps):
+    return [[t.ids for t in step] for step in steps]
+
+
+def test_plan_depends_on_seed_and_epoch_alone():
+    def epochs(seed):
+        steps = steps_of([tree(3, 2, name=str(n)) for n in range(30)], 8, seed, epochs=3)
+        return [ids(steps[i : i + 4]) for i in (0, 4, 8)]
+
+    first = epochs(0)
     torch.manual_seed(99)
-    plan_steps(random_trees(0, 30), 8, 5, 5)  # other plans in between change nothing
-    assert order(0, 0) == first
-    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    random.seed(99)
+    steps_of(random_trees(0, 30), 8, 5)  # other plans in between change nothing
+    assert epochs(0) == first
+    assert len({str(order) for seed in range(3) for order in epochs(seed)}) == 9
+
+
+def test_a_plan_that_is_cut_is_the_beginning_of_the_other():
+    trees = random_trees(0, 30)
+    complete = ids(steps_of(trees, 8, epochs=3))
+    for steps in (1, len(complete) // 3, len(complete) // 2, len(complete) + 5):
+        assert ids(steps_of(trees, 8, epochs=3, max_steps=steps)) == complete[:steps]
 
 
 # --- the loss --------------------------------------------------------------------------------------------------
@@ -232,7 +263,7 @@ def test_supervised_loss_is_cross_entropy_over_the_full_logits():
     assert tokens == sum(label != IGNORE for label in labels[0, 1:].tolist())
 
 
-def test_supervised_loss_computes_logits_of_learned_positions_alone():
+def test_supervised_loss_computes_logits_of_supervised_positions_alone():
     seen = []
     labels = torch.tensor([[IGNORE, IGNORE, 3, 4, IGNORE, 5]])
     hidden = torch.arange(6.0).view(1, 6, 1).expand(1, 6, 7)
@@ -240,7 +271,7 @@ def test_supervised_loss_computes_logits_of_learned_positions_alone():
     assert seen[0][:, 0].tolist() == [1, 2, 4]
 
 
-def test_a_row_without_learned_tokens_has_loss_zero_and_finite_gradients():
+def test_a_sequence_without_supervised_tokens_has_loss_zero_and_finite_gradients():
     hidden, head = torch.randn(1, 5, 8, requires_grad=True), torch.nn.Linear(8, 13)
     loss, tokens = supervised_loss(hidden, head, torch.full((1, 5), IGNORE))
     loss.backward()
@@ -260,11 +291,11 @@ def data(demo_folder):
 def load(data, tune: str) -> script.LlavaMed:
     data.args.tune = tune
     llava = LlavaForConditionalGeneration.from_pretrained(data.folder / "model")
-    script.prepare(llava, data.args)
+    script.choose_trained(llava, data.args)
     torch.manual_seed(0)
     for layer in common.lora_layers(llava).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)  # at zero, A would have no gradient
-    return script.LlavaMed(llava, torch.float32)
+    return script.LlavaMed(llava)
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -278,12 +309,12 @@ def full(data):
 
 
 def packed(model, data, trees, max_tokens=4096):
-    rows = [{**row, **data.read_media(row["prompts"])} for row in pack(trees, max_tokens)]
-    return gradients(model, sum(model(row)[0] for row in rows))
+    sequences = [{**batch, **data.read_media(batch["prompts"])} for batch in pack(trees, max_tokens)]
+    return gradients(model, sum(model(batch)[0] for batch in sequences))
 
 
 def separate(model, data, trees):
-    """Each question in a row of its own through transformers' forward: no mask, no positions, nothing of ours."""
+    """Each question in a sequence of its own through transformers' forward: no mask, no positions, nothing of ours."""
     total = 0
     for prompt in trees:
         pixel_values = data.read_media([prompt])["pixel_values"]
@@ -303,25 +334,25 @@ def test_full_tuning_compares_every_parameter_that_the_features_come_from(data, 
     assert all(name.startswith(unused) for name in without)  # features are read before the last layer
 
 
-def test_shared_prefix_equals_separate_rows(data, model):
+def test_shared_prefix_equals_separate_sequences(data, model):
     (prompt,) = [t for t in data.trees if len(t.ids) >= 9][:1]
     prompt = prompt.part(range(9))
     assert difference(packed(model, data, [prompt]), separate(model, data, [prompt])) < 1e-5
 
 
-def test_several_trees_in_a_row_equal_separate_rows(data, model):
+def test_several_trees_in_a_sequence_equal_separate_sequences(data, model):
     trees = [prompt.part(range(4)) for prompt in data.trees[:4]]
     assert len(pack(trees, 4096)) == 1
     assert difference(packed(model, data, trees), separate(model, data, trees)) < 1e-5
 
 
-def test_several_trees_in_a_row_equal_one_tree_a_row(data, model):
+def test_several_trees_in_a_sequence_equal_one_tree_a_sequence(data, model):
     longest = max(len(prompt) for prompt in data.trees[:4])
     assert len(pack(data.trees[:4], longest)) == 4
     assert difference(packed(model, data, data.trees[:4]), packed(model, data, data.trees[:4], longest)) < 1e-5
 
 
-def test_a_divided_tree_equals_the_whole_tree(data, model):
+def test_a_divided_tree_equals_the_tree(data, model):
     prompt = data.trees[0]
     assert len(pack([prompt], 120)) > 1
     assert difference(packed(model, data, [prompt], 120), packed(model, data, [prompt])) < 1e-5
@@ -354,64 +385,65 @@ def test_a_wrong_mask_is_caught(data, full, monkeypatch, wrong):
     assert difference(packed(full, data, trees), right) > 1e-3
 
 
-def straight_on(row):
-    return {"position_ids": torch.arange(row["input_ids"].shape[1])[None]}
+def straight_on(batch):
+    return {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
 
-def straight_on_within_the_tree(row):
-    return {"position_ids": torch.cat([torch.arange(len(prompt)) for prompt in row["prompts"]])[None]}
+def straight_on_within_the_tree(batch):
+    return {"position_ids": torch.cat([torch.arange(len(prompt)) for prompt in batch["prompts"]])[None]}
 
 
-def images_in_another_order(row):
-    return {"pixel_values": row["pixel_values"].flip(0)}
+def images_in_another_order(batch):
+    return {"pixel_values": batch["pixel_values"].flip(0)}
 
 
-def labels_one_late(row):
-    return {"labels": row["labels"].roll(1)}
+def labels_one_late(batch):
+    return {"labels": batch["labels"].roll(1)}
 
 
 @pytest.mark.parametrize("wrong", [straight_on, straight_on_within_the_tree, images_in_another_order, labels_one_late])
 def test_wrong_positions_images_or_labels_are_caught(data, full, wrong):
     trees = [prompt.part(range(4)) for prompt in data.trees[:2]]
-    (row,) = pack(trees, 4096)
-    row |= data.read_media(row["prompts"])
-    right = gradients(full, full(row)[0])
-    assert difference(gradients(full, full({**row, **wrong(row)})[0]), right) > 1e-3
+    (batch,) = pack(trees, 4096)
+    batch |= data.read_media(batch["prompts"])
+    right = gradients(full, full(batch)[0])
+    assert difference(gradients(full, full({**batch, **wrong(batch)})[0]), right) > 1e-3
 
 
 # --- accumulation ----------------------------------------------------------------------------------------------
 
 
-class Recorder(torch.optim.SGD):
+class Recorder(torch.optim.AdamW):
     """An optimizer that keeps the gradients of its step and changes nothing."""
 
     def step(self, closure=None):
-        self.gradients = {str(i): p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"])}
+        Recorder.gradients = {str(i): p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"])}
 
 
-def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_path):
+def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_path, monkeypatch):
     model = load(data, "lora")
     trees = [prompt.part(range(n)) for n, prompt in enumerate(data.trees[:7], start=1)]
     trees.append(data.trees[7].part(range(1)))
     trees[-1].branches = [(ids + ids[-5:] * 8, labels + ids[-5:] * 8) for ids, labels in trees[-1].branches]
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    monkeypatch.setattr(script.checkpoints, "Saver", lambda *_: lambda step: None)
 
-    def step(rows, max_tokens):
-        assert len(pack(trees, max_tokens)) == rows
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = Recorder(parameters)
+    def step(sequences, max_tokens):
+        assert len(pack(trees, max_tokens)) == sequences
         args = SimpleNamespace(**{**vars(data.args), "pack_tokens": max_tokens, "clip": 1e9})
-        folder = tmp_path / str(rows)
+        folder = tmp_path / str(sequences)
         folder.mkdir()
-        run = script.Run(args, folder, torch.device("cpu"), StopSignal(), None, data.read_media)
-        loss = script.train(model, optimizer, [trees], 0, None, lambda step: None, run)
-        return {"loss": torch.tensor(loss), **optimizer.gradients}
+        run = Run(args, folder, torch.device("cpu"), torch.float32, StopSignal())
+        loss = script.train(model, [trees], 0, [], data.task, run)
+        run.closing.close()
+        return {"loss": torch.tensor(loss), **Recorder.gradients}
 
-    once, eight_times = step(rows=1, max_tokens=4096), step(rows=8, max_tokens=max(len(t) for t in trees))
+    once, eight_times = step(1, 4096), step(8, max(len(t) for t in trees))
     assert difference(eight_times, once) < 1e-5
 
     means = []
-    for row in pack(trees, max(len(t) for t in trees)):
-        loss, tokens = model({**row, **data.read_media(row["prompts"])})
+    for batch in pack(trees, max(len(t) for t in trees)):
+        loss, tokens = model({**batch, **data.read_media(batch["prompts"])})
         means.append(loss / tokens)
     mean_of_means = gradients(model, sum(means) / len(means))
     right = torch.cat([once[name].flatten() for name in once if name != "loss"])

@@ -1,4 +1,4 @@
-"""Learned are the answer and its EOS, exactly, whatever the tokenizer does at the answer's edges; and the token IDs
+"""Supervised are the answer and its EOS, exactly, whatever the tokenizer does at the answer's edges; and the token IDs
 are those of transformers' own processor."""
 
 import random
@@ -9,8 +9,8 @@ from helpers import load_demo
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
-import train_llava_med as script
-from common import IGNORE, check_placeholders, encode_supervised, expand_placeholder, mask_tokens
+from common import IGNORE, check_example, encode_supervised, expand_placeholder, put_features
+from inputs import images
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +50,7 @@ def sentencepiece(kind: str):
 
 
 def encoded(tokenizer, text, **options) -> list[str]:
-    """The pieces, each learned one marked by a star."""
+    """The pieces, each supervised one marked by a star."""
     input_ids, labels = encode_supervised(tokenizer, text, **options)
     assert all(label in (IGNORE, token) for token, label in zip(input_ids, labels, strict=True))
     pieces = tokenizer.convert_ids_to_tokens(input_ids)
@@ -79,7 +79,7 @@ def test_the_tokenizer_here_merges_sentinels_as_qwen_does(bytes_bpe):
     assert bytes_bpe.tokenize("[1]</ANS>") == ["[", "1", "]</", "ANS", ">"]
 
 
-def test_pink_is_learned_where_the_search_for_the_sentinel_finds_nothing(bytes_bpe):
+def test_pink_is_supervised_where_the_search_for_the_sentinel_finds_nothing(bytes_bpe):
     text = "color\n<ANS>{}</ANS><|im_end|>\n"
     assert bytes_bpe.decode(searched(bytes_bpe, text.format("pink"))) == "pink"  # the original works for lower case
     assert searched(bytes_bpe, text.format("Pink")) is None
@@ -89,7 +89,7 @@ def test_pink_is_learned_where_the_search_for_the_sentinel_finds_nothing(bytes_b
     assert encoded(bytes_bpe, text.format("Pink")) == expected
 
 
-def test_kept_sentinels_become_their_ordinary_pieces_and_are_not_learned(bytes_bpe):
+def test_kept_sentinels_become_their_ordinary_pieces_and_are_not_supervised(bytes_bpe):
     assert encoded(bytes_bpe, "Q\n<ANS>Pink</ANS><|im_end|>", keep_sentinels=True) == [
         *["Q", "Ċ", "<", "ANS", ">"],
         *["P*", "ink*"],
@@ -102,36 +102,29 @@ def test_no_merge_crosses_an_edge_of_the_answer(bytes_bpe):
     assert encoded(bytes_bpe, "><ANS>P]</ANS><|im_end|></") == [">", "P*", "]*", "<|im_end|>*", "</"]
 
 
-def test_eos_elsewhere_is_not_learned(bytes_bpe):
+def test_eos_elsewhere_is_not_supervised(bytes_bpe):
     text = "a<|im_end|>Q\n<ANS>1</ANS><|im_end|><|im_end|>"
     assert encoded(bytes_bpe, text) == ["a", "<|im_end|>", "Q", "Ċ", "1*", "<|im_end|>*", "<|im_end|>"]
 
 
-def test_several_answers_are_learned_only_where_they_are_meant(bytes_bpe):
-    text = "Q<ANS>1</ANS><|im_end|>R<ANS>2</ANS><|im_end|>"
-    expected = ["Q", "1*", "<|im_end|>*", "R", "2*", "<|im_end|>*"]
-    assert encoded(bytes_bpe, text, spans=2) == expected
-    assert encoded(bytes_bpe, text, spans=None) == expected
-    with pytest.raises(ValueError, match="2 answers between <ANS> and </ANS>, not 1, in"):
-        encode_supervised(bytes_bpe, text)
-    with pytest.raises(ValueError, match="2 answers between <ANS> and </ANS>, not 3, in"):
-        encode_supervised(bytes_bpe, text, spans=3)
+ONE = "one answer must stand between <ANS> and </ANS>"
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("Q pink<|im_end|>", "0 answers between <ANS> and </ANS>, not 1, in 'Q pink<|im_end|>'"),
-        ("Q<ANS>pink<|im_end|>", "</ANS> or the EOS after it is missing in"),
-        ("Q<ANS>pink</ANS>", "</ANS> or the EOS after it is missing in"),
-        ("Q pink</ANS><|im_end|>", "</ANS> without <ANS> before it in"),
-        ("Q</ANS>pink<ANS><|im_end|>", "</ANS> without <ANS> before it in"),
-        ("Q<ANS>a<ANS>b</ANS><|im_end|>", "<ANS> twice without </ANS> between in"),
+        ("Q pink<|im_end|>", f"{ONE}; there are [] in 'Q pink<|im_end|>'"),
+        ("Q<ANS>pink<|im_end|>", f"{ONE}; there are ['<ANS>'] in"),
+        ("Q pink</ANS><|im_end|>", f"{ONE}; there are ['</ANS>'] in"),
+        ("Q</ANS>pink<ANS><|im_end|>", f"{ONE}; there are ['</ANS>', '<ANS>'] in"),
+        ("Q<ANS>a<ANS>b</ANS><|im_end|>", f"{ONE}; there are ['<ANS>', '<ANS>', '</ANS>'] in"),
+        ("Q<ANS>a</ANS><|im_end|>R<ANS>b</ANS><|im_end|>", f"{ONE}; there are {['<ANS>', '</ANS>'] * 2} in"),
+        ("Q<ANS>pink</ANS><ANS>b</ANS><|im_end|>", f"{ONE}; there are {['<ANS>', '</ANS>'] * 2} in"),
+        ("Q<ANS>pink</ANS></ANS><|im_end|>", f"{ONE}; there are ['<ANS>', '</ANS>', '</ANS>'] in"),
         ("Q<ANS></ANS><|im_end|>", "empty answer in"),
+        ("Q<ANS>pink</ANS>", "no EOS ('<|im_end|>') directly after the answer in"),
         ("Q<ANS>pink</ANS> <|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
         ("Q<ANS>pink</ANS>\n", "no EOS ('<|im_end|>') directly after the answer in"),
-        ("Q<ANS>pink</ANS><ANS>b</ANS><|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
-        ("Q<ANS>pink</ANS></ANS><|im_end|>", "no EOS ('<|im_end|>') directly after the answer in"),
     ],
 )
 def test_a_text_whose_answer_is_not_plain_is_an_error(bytes_bpe, text, error):
@@ -139,11 +132,6 @@ def test_a_text_whose_answer_is_not_plain_is_an_error(bytes_bpe, text, error):
         with pytest.raises(ValueError) as raised:
             encode_supervised(bytes_bpe, text, keep_sentinels=keep_sentinels)
         assert str(raised.value).startswith(error)
-
-
-def test_no_answer_is_an_error_for_any_number_of_spans(bytes_bpe):
-    with pytest.raises(ValueError, match="0 answers between <ANS> and </ANS>, not 1 or more"):
-        encode_supervised(bytes_bpe, "Q pink<|im_end|>", spans=None)
 
 
 def test_encoding_leaves_the_tokenizer_as_it_was(bytes_bpe):
@@ -169,15 +157,15 @@ def random_answer(number: int) -> str:
 
 
 @pytest.mark.parametrize("keep_sentinels", [False, True])
-def test_any_answer_is_learned_character_for_character(bytes_bpe, keep_sentinels):
+def test_any_answer_is_supervised_character_for_character(bytes_bpe, keep_sentinels):
     answers = [random_answer(number) for number in range(2100)]
     answers = [a for a in answers if "<ANS>" not in a and "</ANS>" not in a]  # refused before they get here
     assert len(answers) >= 2000
     for answer in answers:
         text = f"<|endoftext|>Q: {answer[::-1]}?\n<ANS>{answer}</ANS><|im_end|>\nmore"
         _, labels = encode_supervised(bytes_bpe, text, keep_sentinels=keep_sentinels)
-        learned = [label for label in labels if label != IGNORE]
-        assert bytes_bpe.decode(learned) == answer + "<|im_end|>"
+        supervised = [label for label in labels if label != IGNORE]
+        assert bytes_bpe.decode(supervised) == answer + "<|im_end|>"
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------
@@ -209,58 +197,86 @@ def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text)
 
 @pytest.fixture(scope="module")
 def demo(demo_folder):
-    data = load_demo(demo_folder)
-    return demo_folder, data.text, data.rows
+    return load_demo(demo_folder)
 
 
 def test_ids_equal_those_of_transformers_processor(demo):
-    folder, text, rows = demo
-    config = LlavaConfig.from_pretrained(folder / "model")
+    task = demo.task
+    config = LlavaConfig.from_pretrained(demo.folder / "model")
     processor = LlavaProcessor(
-        text.processor,
-        text.tokenizer,
+        task.processor,
+        task.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
     )
     answers = set()
-    for row in rows[:60:3]:
-        image = script.runtime.open_image(folder / "data", row.image)
-        prompt = f"[INST] <image>\n{row.question} [/INST]"
-        prefix, input_ids, labels = script.encode_row(row, text)
+    for example in demo.examples[:60:3]:
+        image = images.open_image(demo.folder / "data", example.media[0])
+        prompt = f"[INST] <image>\n{example.question} [/INST]"
+        prefix, input_ids, labels = task.encode(example, example.answer)
         answer = next(i for i, label in enumerate(labels) if label != IGNORE)
-        assert prefix.count(text.image_id) == 64
+        assert prefix.count(task.image_id) == 64
         assert prefix + input_ids[:answer] == processor(images=image, text=prompt).input_ids[0]
-        whole = processor(images=image, text=f"{prompt} {row.answer}</s>").input_ids[0]
-        assert prefix + input_ids == whole
+        complete = processor(images=image, text=f"{prompt} {example.answer}</s>").input_ids[0]
+        assert prefix + input_ids == complete
         assert labels == [IGNORE] * answer + input_ids[answer:]
-        answers.add(row.answer)
+        answers.add(example.answer)
     assert len(answers) > 5
 
 
 def test_no_bos_is_added_where_the_text_has_none(demo):
-    tokenizer = demo[1].tokenizer
+    tokenizer = demo.task.tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("yes").input_ids) == ["<s>", "▁yes"]
     assert encoded(tokenizer, "yes<ANS> no</ANS></s>")[0] == "▁yes"
 
 
-def test_the_checkpoint_s_own_rows_learn_answer_and_eos(demo):
-    _, text, rows = demo
-    for row in rows:
-        _, input_ids, labels = script.encode_row(row, text)
-        learned = [label for label in labels if label != IGNORE]
-        assert learned == [*text.tokenizer.encode(row.answer, add_special_tokens=False), 2]
-        assert input_ids[-len(learned) :] == learned
+def test_the_checkpoint_s_own_examples_supervise_answer_and_eos(demo):
+    tokenizer = demo.task.tokenizer
+    for example in demo.examples:
+        _, input_ids, labels = demo.task.encode(example, example.answer)
+        supervised = [label for label in labels if label != IGNORE]
+        assert supervised == [*tokenizer.encode(example.answer, add_special_tokens=False), 2]
+        assert input_ids[-len(supervised) :] == supervised
+
+
+# --- the check of every example --------------------------------------------------------------------------------
+
+
+def parts(demo):
+    """An example with its prefix, the branch's tokens and labels, and where its answer begins."""
+    example = demo.examples[0]
+    prefix, input_ids, labels = demo.task.encode(example, example.answer)
+    start = next(i for i, label in enumerate(labels) if label != IGNORE)
+    return example, prefix, input_ids, labels, start
+
+
+def test_exactly_the_answer_and_its_eos_must_be_supervised(demo):
+    example, prefix, input_ids, labels, start = parts(demo)
+    check_example(example, demo.task, prefix, input_ids, labels)
+    for wrong in (
+        [*labels[:-1], IGNORE],  # the EOS is not
+        [*labels[:start], IGNORE, *labels[start + 1 :]],  # the answer's first token is not
+        labels[: start - 1] + input_ids[start - 1 : start] + labels[start:],  # the token before it is, too
+        [IGNORE] * len(labels),
+        input_ids,
+    ):
+        with pytest.raises(ValueError, match="supervised would be"):
+            check_example(example, demo.task, prefix, input_ids, wrong)
+
+
+def test_placeholders_must_be_as_many_as_features_and_none_after_them(demo):
+    example, prefix, input_ids, labels, _ = parts(demo)
+    image_id = demo.task.image_id
+    with pytest.raises(ValueError, match=rf"64 features .* for 63 placeholders \(ID {image_id}\), and 0 after"):
+        check_example(example, demo.task, prefix[:-1], input_ids, labels)
+    with pytest.raises(ValueError, match=r"64 features of its media for 65 placeholders"):
+        check_example(example, demo.task, [*prefix, image_id], input_ids, labels)
+    with pytest.raises(ValueError, match=r"64 features of its media for 64 placeholders .* and 1 after these"):
+        check_example(example, demo.task, prefix, [image_id, *input_ids[1:]], labels)
 
 
 # --- placeholders ----------------------------------------------------------------------------------------------
-
-
-def test_mask_tokens_masks_only_these_and_leaves_the_original():
-    labels = torch.tensor([[1, 32000, 5, 0, IGNORE, 32000]])
-    assert mask_tokens(labels, [32000, 0]).tolist() == [[1, IGNORE, 5, IGNORE, IGNORE, IGNORE]]
-    assert mask_tokens(labels, []).tolist() == labels.tolist()
-    assert labels.tolist() == [[1, 32000, 5, 0, IGNORE, 32000]]
 
 
 def test_expand_placeholder_repeats_each_by_its_own_count():
@@ -274,12 +290,22 @@ def test_expand_placeholder_refuses_another_number_of_media(counts):
         expand_placeholder([9, 1, 9], 9, counts)
 
 
-@pytest.mark.parametrize("kind", [list, torch.tensor])
-def test_check_placeholders_names_both_counts_and_the_id(kind):
-    check_placeholders(kind([5, 9, 9, 6]), 9, 2)
-    with pytest.raises(ValueError, match=r"tokens: 2, features: 3 \(placeholder ID 9;"):
-        check_placeholders(kind([5, 9, 9, 6]), 9, 3)
-    with pytest.raises(ValueError, match=r"tokens: 2, features: 1 \(placeholder ID 9;"):
-        check_placeholders(kind([5, 9, 9, 6]), 9, 1)
-    with pytest.raises(ValueError, match=r"tokens: 0, features: 2 \(placeholder ID 8;"):
-        check_placeholders(kind([5, 9, 9, 6]), 8, 2)
+def test_features_stand_at_the_placeholders_in_their_order():
+    embeds, input_ids = torch.zeros(1, 6, 2), torch.tensor([[5, 9, 9, 6, 8, 9]])
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    placed = put_features(embeds, input_ids, 9, features)
+    assert placed.tolist() == [[[0, 0], [1, 2], [3, 4], [0, 0], [0, 0], [5, 6]]]
+    assert not embeds.any()  # a copy
+    several = put_features(embeds, input_ids, torch.tensor([5, 8]), features[:2])
+    assert several.tolist() == [[[1, 2], [0, 0], [0, 0], [0, 0], [3, 4], [0, 0]]]
+    assert put_features(embeds.bfloat16(), input_ids, 9, features).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("token_id", "features", "tokens"), [(9, 3, 2), (9, 1, 2), (8, 2, 0)])
+def test_another_number_of_features_than_placeholders_is_refused_with_both(token_id, features, tokens):
+    embeds, input_ids = torch.zeros(1, 4, 2), torch.tensor([[5, 9, 9, 6]])
+    error = f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
+    with pytest.raises(ValueError, match=error):
+        put_features(embeds, input_ids, token_id, torch.ones(features, 2))
+    with pytest.raises(ValueError, match="Audio features and audio tokens do not match"):
+        put_features(embeds, input_ids, token_id, torch.ones(features, 2), "audio")
