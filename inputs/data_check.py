@@ -45,7 +45,7 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     fatal = task.faults + [Problem("scorer", None, f"{text}; correct Task.score") for text in scorer["failures"]]
     folder = Path(args.out, "blind", args.blind) if args.blind else Path(args.out)
     settle(folder / "check.json", result, fatal, problems + found + wrong, args.skip_bad)
-    refuse_empty(examples, splits, args)
+    refuse_empty({item.split for item in (*examples, *problems)}, splits, args)
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
         trees = {split: common.build_trees(part, task)[0] for split, part in splits.items()}
@@ -146,13 +146,13 @@ def settle(path: Path, result: dict, fatal: list[Problem], faults: list[Problem]
         print(f"--skip-bad leaves out {len(skipped)} of {used + len(skipped)} examples, listed in {path}")
 
 
-def refuse_empty(examples: list[Example], splits: dict, args) -> None:
-    """Ends where nothing is left to train on or to answer, or --skip-bad would leave out a split."""
+def refuse_empty(known: set, splits: dict, args) -> None:
+    """Ends where nothing is left to train on or to answer, or of a split that the data has (`known`)."""
     if not (splits["train"] or args.eval_only or args.check):
         raise SystemExit(f"--data {args.data}: no training examples")
     if args.eval_only and not splits[args.eval_split]:
         raise SystemExit(f"--eval-split {args.eval_split}: the data has no such examples")
-    for split in dict.fromkeys(example.split for example in examples):
+    for split in known - {None}:
         if not splits[split]:
             raise SystemExit(f"--skip-bad would leave out all of {split}; fix its examples")
 

@@ -19,6 +19,7 @@ class Problem:
     where: str
     id: str | None
     text: str
+    split: str | None = None  # where it is known; set by `collect`
 
     def __str__(self):
         return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.text}"
@@ -67,12 +68,12 @@ def collect(entries: Iterable[tuple], make: Callable) -> tuple[list, list[Proble
     examples, problems = [], []
     for where, split, entry in entries:
         if isinstance(entry, Problem):
-            problems.append(entry)
+            problems.append(replace(entry, split=split))
             continue
         try:
             examples.append(make(where, split, entry))
         except ValueError as error:
-            problems.append(Problem(where, entry.get("id"), str(error)))
+            problems.append(Problem(where, entry.get("id"), str(error), split))
     return examples, problems
 
 

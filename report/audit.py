@@ -101,8 +101,8 @@ def print_audit(audit: dict) -> None:
     """The audit's figures in a line, its failures in lines of their own."""
     for text in audit["failures"][:10]:
         print(f"scorer: {text}")
-    probes = ", ".join(f"{n} x {name}" for name, n in audit["probes"].items())
-    text = f"{audit['pairs']} pairs of {audit['answers']} answers, {audit['declared']} of them the same by declaration"
+    probes = f"{sum(audit['probes'].values())} x {', '.join(audit['probes'])}"
+    text = f"{audit['pairs']} pairs of {audit['answers']} answers, {audit['declared']} declared the same"
     print(f"scorer: {text}; tried as answers: {probes}; {audit['failed']} wrongly called right")
 
 

@@ -12,10 +12,12 @@ from helpers import read_lines, refused, run
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-import runtime
+import train_llava_med
+from inputs import files, images, show
+from inputs.task import Problem
 
 IMAGES = {"train": 3, "val": 2, "test": 2}
-CHECK = ["--check", "--pack-tokens", 200]  # rows have up to 110 tokens
+CHECK = ["--check", "--pack-tokens", 200]  # examples have up to 110 tokens
 
 
 @pytest.fixture
@@ -24,9 +26,9 @@ def folder(demo_folder, tmp_path):
     shutil.copytree(demo_folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     data = tmp_path / "data"
     (data / "images").mkdir(parents=True)
-    for split, images in IMAGES.items():
+    for split, number in IMAGES.items():
         rows = read_lines(demo_folder / "data" / f"{split}.jsonl")
-        names = list(dict.fromkeys(row["image"] for row in rows))[:images]
+        names = list(dict.fromkeys(row["image"] for row in rows))[:number]
         write_rows(data, split, [row for row in rows if row["image"] in names])
         for name in names:
             shutil.copy(demo_folder / "data" / name, data / name)
@@ -40,7 +42,13 @@ def write_rows(data: Path, split: str, rows: list) -> None:
 
 
 def listed(text: str) -> list[str]:
-    return [line.removeprefix("fault: ") for line in text.split("\n") if line.startswith("fault: ")]
+    """What was printed of each cause, without the number of faults that share it."""
+    return [line.partition(": ")[2] for line in text.split("\n") if re.match(r"fault( \(.*\))?: ", line)]
+
+
+def failures(folder: Path) -> list[str]:
+    """All faults, as check.json lists them."""
+    return json.loads((folder / "run" / "check.json").read_text())["failures"]
 
 
 def change_config(folder: Path, name: str, **values) -> None:
@@ -162,7 +170,7 @@ TRAIN_FAULTS = {
     "name too long": (change(image="images/" + "x" * 300 + ".png"), "cannot be opened: "),
     "no json": (lambda data, row: '{"id": 1, ', "not a JSON object"),
     "a list": (lambda data, row: "[1, 2]", "not a JSON object"),
-    "too long": (change(question="red? " * 300), "tokens, more than --pack-tokens 200"),
+    "too long": (change(question="red? " * 300), "of its media: more than --pack-tokens 200"),
     "duplicate ID": (same_id, "duplicate ID, first used at train.jsonl:1"),
 }
 TEST_FAULTS = {
@@ -198,7 +206,8 @@ def test_a_fault_is_named_with_file_and_row(folder, capsys, name):
     planted = plant(folder / "data", [name])
     text = refused(folder, folder / "run", *CHECK)
     assert text.startswith(f"1 faults, listed in {folder / 'run' / 'check.json'}")
-    assert_listed(listed(capsys.readouterr().out), planted)
+    assert_listed(failures(folder), planted)
+    assert len(listed(capsys.readouterr().out)) == 1
 
 
 def test_all_faults_are_listed_at_once(folder, capsys):
@@ -209,19 +218,53 @@ def test_all_faults_are_listed_at_once(folder, capsys):
     planted = plant(folder / "data", names)
     text = refused(folder, folder / "run", *CHECK)
     assert text.startswith(f"{len(names)} faults, listed in ")
-    lines = listed(capsys.readouterr().out)
-    assert_listed(lines, planted)
     report = json.loads((folder / "run" / "check.json").read_text())
-    assert report["passed"] is False
-    assert report["failures"] == lines
-    assert report["skipped"] == []
+    assert_listed(report["failures"], planted)
+    assert (report["passed"], report["skipped"]) == (False, [])
+    printed = listed(capsys.readouterr().out)
+    assert len({line[:60] for line in printed}) == len(printed) < len(planted)
+    assert all(any(fault.startswith(line.rstrip("…")[:150]) for fault in report["failures"]) for line in printed)
+
+
+def test_one_cause_is_printed_once_with_its_count_and_three_examples(folder, capsys):
+    """After everything else that is printed, in lines that fit on a screen; check.json has them all."""
+    rows = read_lines(folder / "data" / "train.jsonl")
+    more = [{**row, "id": f"more_{i}", "image": f"images/gone_{i}.jpg", "group": f"g{i}"} for i, row in enumerate(rows)]
+    write_rows(folder / "data", "train", [*rows, *more, {**rows[0], "id": "last", "question": "red? " * 400}])
+    refused(folder, folder / "run", *CHECK)
+    *before, first, second = capsys.readouterr().out.strip().split("\n")
+    n, start = len(more), len(rows) + 1
+    wheres = f"train.jsonl:{start + 1} and train.jsonl:{start + 2}"
+    assert first.startswith(f"fault ({n} such, also {wheres}): train.jsonl:{start} (id more_0): images/gone_0.jpg is ")
+    assert second.startswith(f"fault: train.jsonl:{start + n} (id last): ")
+    assert before[-1].startswith("leakage check: ") and not [line for line in before if line.startswith("fault")]
+    assert max(map(len, (*before, first, second))) <= 200
+    assert len(failures(folder)) == n + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("images/a.jpg is missing", "b.png is missing", True),
+        ("the answer is empty ('')", "the answer is empty ('nan')", True),
+        ("812 tokens, more than 200", "5000 tokens, more than 200", True),
+        ("the answer is empty ('')", "the question is empty", False),
+    ],
+)
+def test_faults_that_differ_in_names_and_numbers_alone_have_one_cause(one, other, same):
+    assert (show.cause(one) == show.cause(other)) is same
+
+
+def test_a_message_of_several_lines_is_printed_in_one(capsys):
+    show.print_faults([Problem("a.jsonl:1", "x", "first\nsecond" + "y" * 300)])
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_faults_of_model_and_rows_are_listed_together(folder, capsys):
     change_config(folder, "config.json", image_token_index=599, image_token_id=599)
-    planted = plant(folder / "data", ["null answer", "missing image", "placeholder in question"])
+    planted = plant(folder / "data", ["null answer", "missing image", "eos in question"])
     assert refused(folder, folder / "run", *CHECK).startswith("4 faults")
-    first, *lines = listed(capsys.readouterr().out)
+    first, *lines = failures(folder)
     assert first.startswith("config.json: ")
     assert_listed(lines, planted)
 
@@ -258,7 +301,7 @@ def test_without_skip_bad_nothing_is_trained(demo_folder, folder):
 def test_an_empty_file_is_named(folder, capsys):
     (folder / "data" / "val.jsonl").write_text("\n")
     assert refused(folder, folder / "run", *CHECK).startswith("1 faults")
-    assert listed(capsys.readouterr().out) == ["val.jsonl: the file holds no rows"]
+    assert listed(capsys.readouterr().out) == ["val.jsonl: the file holds no examples"]
 
 
 def test_a_file_of_other_bytes_is_named(folder, capsys):
@@ -313,7 +356,7 @@ def test_whatever_is_wrong_with_the_bytes_it_is_a_value_error_that_names_the_fil
                 damaged[generator.randrange(min(len(damaged), 250))] = generator.randrange(256)
             (tmp_path / "x.png").write_bytes(damaged)
             try:
-                assert runtime.open_image(tmp_path, "x.png").mode == "RGB"
+                assert images.open_image(tmp_path, "x.png").mode == "RGB"
             except ValueError as error:
                 assert str(error).startswith("x.png cannot be read: "), (kind, number)
 
@@ -323,14 +366,14 @@ def test_an_image_over_the_cap_is_refused_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="12000 x 8000 pixels, more than 50,000,000"):
-            runtime.open_image(tmp_path, "huge.png")
+            images.open_image(tmp_path, "huge.png")
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert runtime.open_image(tmp_path, "turned.jpg").size == (20, 40)
+    assert images.open_image(tmp_path, "turned.jpg").size == (20, 40)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -354,10 +397,10 @@ def test_a_wrong_image_token_is_refused_even_with_skip_bad(folder, capsys, token
     assert json.loads((folder / "run" / "check.json").read_text())["skipped"] == []
 
 
-def test_pad_that_is_eos_is_found_named_and_mended(folder, capsys):
+def test_pad_that_is_eos_is_found_named_and_fixed(folder, capsys):
     change_config(folder, "tokenizer_config.json", pad_token="</s>")
     run(folder, folder / "run", *CHECK)
-    line = f"{folder / 'model' / 'tokenizer_config.json'}: PAD '</s>' (2), EOS '</s>' (2): PAD is now '<|pad|>' (601)"
+    line = "PAD '</s>' (2), EOS '</s>' (2): PAD is now '<|pad|>' (601)"
     assert line in capsys.readouterr().out.split("\n")
     assert json.loads((folder / "run" / "check.json").read_text())["pad"] == line
 
@@ -386,16 +429,17 @@ def test_a_model_file_that_is_cut_off_is_named(folder, name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_clean_demo_passes_without_weights_and_shows_row_0(demo_folder, folder, capsys, monkeypatch):
+def test_the_clean_demo_passes_without_weights_and_shows_its_first_example(demo_folder, folder, capsys, monkeypatch):
     assert not list((folder / "model").glob("*.safetensors"))
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", None)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     run(folder, folder / "run", *CHECK)
     text = capsys.readouterr().out
     row = read_lines(folder / "data" / "train.jsonl")[0]
-    assert text.endswith("check passed\n")
-    assert f"row {row['id']}, learned green, masked grey, media blue:" in text
-    learned = "".join(re.findall(r"\033\[32m(.*?)\033\[0m", text))
-    assert learned.replace("▁", " ").strip() == row["answer"] + "</s>"
+    assert "check passed\n" in text
+    assert f"example {row['id']}: supervised green, between « and »; masked grey; media blue" in text
+    supervised = "".join(re.findall(r"\033\[32m(.*?)\033\[0m", text))
+    assert supervised.replace("▁", " ").replace("« ", "«").strip() == f"«{row['answer']}</s>»"
     assert re.findall(r"\033\[34m(.*?)\033\[0m", text) == ["[64 x <image>]"]
     masked = " ".join(re.findall(r"\033\[90m(.*?)\033\[0m", text, re.S))
     assert masked.startswith("<s> [INST]") and masked.replace(" ▁", " ").endswith("[/INST]")
@@ -403,11 +447,37 @@ def test_the_clean_demo_passes_without_weights_and_shows_row_0(demo_folder, fold
     report = json.loads((folder / "run" / "check.json").read_text())
     assert (report["passed"], report["failures"], report["skipped"]) == (True, [], [])
     assert report["image_token"] == {"id": 600, "per_image": 64}
-    for split, images in IMAGES.items():
+    for split, number in IMAGES.items():
         rows = read_lines(folder / "data" / f"{split}.jsonl")
         assert report["splits"][split]["questions"] == len(rows)
-        assert report["splits"][split]["files"] == images
+        assert report["splits"][split]["files"] == number
         assert sum(report["splits"][split]["question_types"].values()) == len(rows)
+
+
+def test_elsewhere_than_on_a_terminal_nothing_is_coloured(folder, capsys):
+    run(folder, folder / "run", *CHECK)
+    text, answer = capsys.readouterr().out, read_lines(folder / "data" / "train.jsonl")[0]["answer"]
+    assert "\033" not in text
+    assert f"«{answer}</s>»".replace(" ", "") in re.sub(r"[ ▁\n]+", "", text)
+    assert max(map(len, text.split("\n"))) <= 200
+
+
+def test_check_without_data_checks_the_checkpoint_alone(folder, capsys):
+    flags = ["--model", folder / "model", "--out", folder / "run", "--check"]
+    train_llava_med.main(list(map(str, flags)))
+    assert "multi_modal_projector" in capsys.readouterr().out  # the table of parameters
+    assert not (folder / "run" / "check.json").exists()
+    change_config(folder, "config.json", image_token_index=599, image_token_id=599)
+    with pytest.raises(SystemExit, match="that ID is the word piece"):
+        train_llava_med.main(list(map(str, flags)))
+
+
+@pytest.mark.parametrize("fault", [{"answer": ""}, {"image": "images/gone.jpg"}])
+def test_skip_bad_leaves_out_no_entire_split(folder, fault):
+    rows = read_lines(folder / "data" / "val.jsonl")
+    write_rows(folder / "data", "val", [{**row, **fault} for row in rows])
+    text = refused(folder, folder / "run", *CHECK, "--skip-bad")
+    assert text == "--skip-bad would leave out all of val; fix its examples"
 
 
 def test_check_changes_nothing_but_check_json(folder):
@@ -424,5 +494,5 @@ def test_check_changes_nothing_but_check_json(folder):
 def test_a_byte_order_mark_costs_no_row(tmp_path):
     """As editors on Windows write UTF-8: the first line is a row like any other."""
     (tmp_path / "train.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n', encoding="utf-8-sig")
-    rows, problems = runtime.read_jsonl(tmp_path / "train.jsonl")
+    rows, problems = files.read_jsonl(tmp_path / "train.jsonl")
     assert [row["id"] for _, row in rows] == ["a", "b"] and problems == []
