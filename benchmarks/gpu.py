@@ -165,7 +165,7 @@ def decode(device: torch.device) -> dict:
                 return model.hidden(input_ids, position_ids, mask, cache, None if cache.get_seq_length() else media)
 
             eos = demo.task.tokenizer.eos_token_id
-            ours = common.decode(read, model.lm_head, packed, eos, [12] * len(tree.ids))
+            ours = common.decode(read, model.lm_head, packed, eos, 12)
             for (ids, _), answer in zip(common.answering_prompt(tree).branches, ours, strict=True):
                 input_ids = torch.tensor([tree.prefix + ids], device=device)
                 with torch.no_grad():
