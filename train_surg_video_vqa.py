@@ -36,7 +36,7 @@ import common
 from common import Prompt
 from inputs import data_check, images, layouts, questions, sound, videos
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
-from report import blind, results
+from report import blind, results, scoring
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
@@ -67,12 +67,16 @@ SYNONYMS = [
 def parse_arguments(argv):
     parser = flags.shared(__doc__, lora_r=64, lora_alpha=16, questions_per_step=4)
     add = parser.add_argument_group("clips and recordings").add_argument
-    add("--audio-model", help="Whisper folder or hub ID, whose encoder is grafted on (a merged --model has one)")
-    add("--question", choices=["text", "audio", "both"], help="how it is asked (default: audio, without Whisper text)")
-    add("--target", choices=["answer", "short_answer"], default="answer", help="the field that is supervised")
-    add("--frames", type=flags.positive, default=8, help="frames of a training clip (default: 8)")
-    add("--eval-frames", type=flags.positive, default=6, help="of a clip of val and test (default: 6)")
-    add("--frame-size", type=flags.positive, default=384, help="larger frames are reduced to it (default: 384 px)")
+    what = "Whisper folder or hub ID, whose encoder is grafted on (default: none, or --model's own)"
+    add("--audio-model", metavar="MODEL", help=what)
+    what = "how it is asked (default: audio; text without Whisper)"
+    add("--question", choices=["text", "audio", "both"], metavar="HOW", help=f"text, audio or both: {what}")
+    what = "answer or short_answer: the field that is supervised (default: answer)"
+    add("--target", choices=["answer", "short_answer"], default="answer", metavar="FIELD", help=what)
+    add("--frames", type=flags.positive, default=8, metavar="N", help="most frames of a training clip (default: 8)")
+    add("--eval-frames", type=flags.positive, default=6, metavar="N", help="of a clip of val and test (default: 6)")
+    what = "longer side of a frame, in pixels; larger ones are reduced (default: 384)"
+    add("--frame-size", type=flags.positive, default=384, metavar="PX", help=what)
     parser.set_defaults(audio_weights=None)  # a checkpoint's fingerprint of the encoder that it was trained with
     return flags.parse(parser, argv)
 
@@ -113,7 +117,7 @@ def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
         raise ValueError("no video_id and no group: the clips of one video must not be in two splits, so name it")
     composed = questions.composed(entry)
     forms = [composed.get(key) for key in ("answer", "short_answer")]
-    forms = [str(form).strip() for form in forms if form is not None and not questions.says_nothing(form)]
+    forms = [str(form).strip() for form in forms if form is not None and not scoring.says_nothing(form)]
     if args.target not in composed and forms:
         raise ValueError(f"no {args.target}; give one, or choose the other --target")
     fields = questions.fields({**composed, "answer": composed.get(args.target)})
@@ -142,7 +146,7 @@ class SurgTask(Task):
     synonyms = SYNONYMS
 
     def __init__(self, folder: Path, args):
-        models.find_part(args, "audio", None)  # refused if a checkpoint was trained with another
+        models.find_part(args, "audio")  # refused if a checkpoint was trained with another
         super().__init__(args, models.tokenizer(folder))
         vlm = meta_model(folder, args)
         config, self.image_id, self.audio_id = vlm.config, None, None
@@ -367,7 +371,7 @@ def load_model(folder: Path, task: SurgTask, dtype: torch.dtype) -> SurgVideo:
         vlm.audio_tower.to(dtype)
         vlm.audio_projector.to(dtype)
     choose_trained(vlm, args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, args)  # --grad-checkpoint
+    models.checkpoint_gradients(vlm, args)
     return SurgVideo(vlm)
 
 

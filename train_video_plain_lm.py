@@ -3,8 +3,7 @@
 An example, one entry of DATA/train.json in LLaVA's layout (also val.json, test.json; paths are relative to DATA), or a
 line of DATA/train.jsonl. A video is a folder of JPEG or PNG frames, an animated GIF, WebP or PNG, or a .npy array:
 
-    {"id": "v7", "video": "videos/v7", "conversations": [{"from": "human", "value": "<video>"},
-                                                         {"from": "gpt", "value": "Un'ellisse gialla va all'insù."}]}
+    {"id": "v7", "video": "videos/v7", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", …}]}
     {"id": "v7", "video": "videos/v7.gif", "answer": "Un'ellisse gialla va all'insù."}    # "question": optional
     {"id": "t3", "answer": "Il contrario di destra è sinistra."}                          # a text without a video
 
@@ -15,17 +14,15 @@ There is no chat format. The model reads all of this; supervised are the text an
     <|endoftext|> Un'ellisse gialla va all'insù. <|endoftext|>
     frames -> DINOv2 (frozen) -> projector -> token packer, 9 x 9 and 3 x 3 a frame -> in the place of these 360 tokens
 
-    make demo SCRIPT=video_plain_lm                                                       # on a CPU, from nothing
-    python train_video_plain_lm.py --data DATA --out RUN --check                        # the data check: GPT-2, DINOv2
-    python train_video_plain_lm.py --data DATA --out RUN --cache-features DIR             # one GPU
+    make demo SCRIPT=video_plain_lm                                            # on a CPU, from nothing
+    python train_video_plain_lm.py --data DATA --out RUN --check               # the data check
+    python train_video_plain_lm.py --data DATA --out RUN --cache-features DIR  # one GPU: GPT-2, DINOv2-large
     torchrun --standalone --nproc-per-node 4 train_video_plain_lm.py --data DATA --out RUN --cache-features DIR
-    python train_video_plain_lm.py --model LM --vision-model DINOV2 --data DATA --out RUN --from-scratch
 
 To read: this file, then common.py (masking, packing, LoRA, answering), then report/scoring.py (when an answer is
 right). Whatever else is imported keeps the run alive or looks at it, and may be trusted unread.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +40,7 @@ from inputs import data_check, features, images, layouts, questions, videos
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, captions, results, scoring
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime.attention import heeds_mask
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
@@ -65,22 +63,25 @@ OWN_SETTINGS = [*LAYOUT, "from_scratch", "vision_weights"]
 
 def parse_arguments(argv):
     tunings = {
-        "full": "language model, projector and token packers; the tower never",
-        "lora": "adapters in the language model (not GPT-2), projector and packers",
-        "projector": "projector and packers alone",
+        "full": "all but the tower",
+        "lora": "adapters in the language model (not GPT-2), projector, packers",
+        "projector": "projector, packers",
     }
     parser = flags.shared(__doc__, tunings, model="openai-community/gpt2")
-    add, yes_no = parser.add_argument_group("model").add_argument, argparse.BooleanOptionalAction
-    add("--vision-model", help="DINOv2 folder or hub ID (default: facebook/dinov2-large; a trained --model has one)")
-    add("--from-scratch", action=yes_no, default=False, help="draw the language model at random, from its config.json")
-    add = parser.add_argument_group("videos").add_argument
+    add = parser.add_argument_group("language model, tower and videos").add_argument
+    what = "DINOv2 folder or hub ID (default: facebook/dinov2-large; a trained --model has one)"
+    add("--vision-model", metavar="MODEL", help=what)
+    add("--from-scratch", action="store_true", help="draw the language model at random (default: no)")
     for path, frames, grid in (("fast", 4, 3), ("slow", 4, 9)):
-        what = f"side of its grid (default: {grid}, {grid} x {grid} positions a frame)"
-        add(f"--{path}-frames", type=flags.positive, default=frames, help=f"of the {path} path (default: {frames})")
-        add(f"--{path}-grid", type=flags.positive, default=grid, help=what)
-    what = "how a frame becomes these positions: each looks at its window of patches, or is its mean"
+        frames_help = f"frames of the {path} path (default: {frames})"
+        grid_help = f"side of its grid in positions (default: {grid}, {grid} x {grid} a frame)"
+        add(f"--{path}-frames", type=flags.positive, default=frames, metavar="N", help=frames_help)
+        add(f"--{path}-grid", type=flags.positive, default=grid, metavar="N", help=grid_help)
+    what = "a position looks at its window of patches, or is its mean (default: attention)"
     add("--packer", choices=["attention", "pool"], default="attention", help=what)
-    add("--cache-features", metavar="DIR", help="keep the tower's features there: each video is read once")
+    add(
+        "--cache-features", metavar="DIR", help="keep the tower's features there: each video is read once (default: no)"
+    )
     parser.set_defaults(vision_weights=None)
     args = flags.parse(parser, argv)
     if args.from_scratch and args.tune != "full":
@@ -374,7 +375,7 @@ def load_model(folder: Path, task: VideoTask, dtype: torch.dtype) -> VideoPlainL
     models.load_parts(folder, vlm, ours[1:])
     choose_trained(vlm, args)
     task.cache.belongs_to(tower)
-    models.make_faster_or_smaller(vlm, vlm.base_model, args)  # --grad-checkpoint
+    models.checkpoint_gradients(vlm, args)
     return VideoPlainLM(vlm, task, dtype)
 
 
@@ -476,7 +477,7 @@ def main(argv=None) -> None:
         shards.place(model, run)
         models.print_trained(model.vlm)
         if not args.eval_only:
-            models.heeds_mask(model, plan[0], task, run)  # any language model may be given: it is put to the test
+            heeds_mask(model, plan[0], task, run)  # any language model may be given: it is put to the test
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)

@@ -142,7 +142,7 @@ def add_saving(add) -> None:
 
 def add_modes(add) -> None:
     add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
-    text = f"overfit the first N examples in {OVERFIT_STEPS} steps (or --max-steps); exit code 1 if an answer is wrong"
+    text = f"overfit the first N examples in {OVERFIT_STEPS} steps (or --max-steps); exit code 1 if one is wrong"
     add("--overfit", type=positive, metavar="N", help=text)
     add("--eval-only", action="store_true", help="answer --eval-split with what --resume has trained")
     add("--merge", metavar="DIR", help="write the model with what --resume has trained as one model folder")
