@@ -12,12 +12,11 @@ run RUN/report. Every script writes it after answering; leakage check and audit 
 import argparse
 from pathlib import Path
 
-from runtime.files import write_json
-
 from inputs import layouts
 from report import examples, leakage, predictions, rerun, scoring, write
 from report.audit import audit_scorer, print_audit, read_synonyms
 from report.read import read_run
+from runtime.files import write_json
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

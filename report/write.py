@@ -4,8 +4,6 @@ import traceback
 from itertools import combinations
 from pathlib import Path
 
-from runtime.files import write_json, write_text, writing
-
 from report import drawing, gallery
 from report.compare import compare, seeds_of
 from report.figures import summarise_run
@@ -13,6 +11,7 @@ from report.page import page
 from report.read import read_run
 from report.rerun import add_blind_runs
 from report.summary import results_table
+from runtime.files import write_json, write_text, writing
 
 
 def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import read_lines, run
 
+import train_llava_med
 from report import compare, figures, predictions, scoring, write
 from report.__main__ import main
 from runtime.files import write_json, write_jsonl
@@ -243,7 +244,8 @@ def test_examples_without_a_prediction_count_as_wrong(published):
 def trained(demo_folder, tmp_path_factory):
     """A run as a user starts it, with its report; and what it printed."""
     out, printed = tmp_path_factory.mktemp("run"), io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [train_llava_med.__file__])  # what config.json names as the script
         run(demo_folder, out, *SMALL, "--report")
     return out, printed.getvalue()
 
