@@ -51,9 +51,8 @@ CHAT_TEMPLATE = (
 def parse_arguments(argv):
     parser = flags.shared(__doc__)
     add = parser.add_argument_group("EndoVis-18-VQA").add_argument
-    add(
-        "--endovis", choices=layouts.ENDOVIS, help="which published split, and answers as sentences (default: one word)"
-    )
+    text = "the published split, with :Sentence the answers as sentences (default: none; this data needs it)"
+    add("--endovis", choices=layouts.ENDOVIS, help=text)
     return flags.parse(parser, argv)
 
 
@@ -163,8 +162,8 @@ class LlavaTask(Task):
 
 def read_config(folder: Path):
     """The checkpoint's configuration, which must be a LLaVA's."""
-    remedy = "transformers does not know LLaVA-Med's original llava_mistral; use a checkpoint converted to transformers' format"
-    return models.config(folder, "llava", remedy)
+    remedy = "transformers does not know LLaVA-Med's original llava_mistral"
+    return models.config(folder, "llava", f"{remedy}; use a checkpoint converted to transformers' format")
 
 
 def tokens_per_image(config) -> int:
@@ -237,13 +236,12 @@ def choose_trained(vlm: LlavaForConditionalGeneration, args) -> None:
 
 def load_model(folder: Path, task: LlavaTask, dtype: torch.dtype) -> LlavaMed:
     """The model with what is trained chosen, still on the CPU: shards.place puts it on the device."""
-    vlm = models.open_model(
-        LlavaForConditionalGeneration, folder, read_config(folder), dtype
-    )  # a missing weight is refused
+    config = read_config(folder)
+    vlm = models.open_model(LlavaForConditionalGeneration, folder, config, dtype)  # a missing weight is refused
     models.refuse_short_window(vlm, task.args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
     choose_trained(vlm, task.args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, task.args)  # --grad-checkpoint
+    models.checkpoint_gradients(vlm, task.args)
     return LlavaMed(vlm)
 
 
@@ -331,7 +329,8 @@ def main(argv=None) -> None:
         task = LlavaTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
-        examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
+        if args.data:  # --check without it looks at the checkpoint alone
+            examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
             return models.count(load_model, folder, task, run)  # what would be trained, without reading weights
         # ---- train ----

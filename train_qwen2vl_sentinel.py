@@ -234,7 +234,7 @@ def load_model(folder: Path, task: QwenTask, dtype: torch.dtype) -> Qwen2VL:
     models.refuse_short_window(vlm, task.args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
     choose_trained(vlm, task.args)
-    models.make_faster_or_smaller(vlm, vlm.model.language_model, task.args)  # --grad-checkpoint
+    models.checkpoint_gradients(vlm, task.args)
     return Qwen2VL(vlm)
 
 
