@@ -166,7 +166,8 @@ class UmbrellaTask(Task):
         """(prefix, input_ids, labels): all up to the last volume's last placeholder, then question and answer."""
         for volume in example.volumes:
             if volume.modality not in self.args.embedded:
-                raise ValueError(f"training has not shown {volume.modality}: its embedding is as it was drawn")
+                text = f"training has not shown {volume.modality}, whose embedding is as it was drawn"
+                raise ValueError(f"{text}; leave the example out (--skip-bad)")
             volumes.check_shape(volume, self.modalities[volume.modality], self.measured, self.args)
         text = self.render(example, answer)
         input_ids, supervised = common.encode_supervised(self.tokenizer, text)

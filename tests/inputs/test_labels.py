@@ -225,7 +225,7 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label(capsys):
     examples, kept = word(*male, *female, test=[("Certainly a female brain.", "female")])
     assert {tuple(e.candidates) for e in examples} == {("The subject is male.", "The subject is female.")}
     assert examples[-1].also_right == ["The subject is female.", "female"] and examples[0].also_right == ["male"]
-    assert "'The subject is female.'; true answers, train: 5 male, 3 female, val: 0 male" in capsys.readouterr().out
+    assert "labels, true in training: sex 5 male, 3 female\n" in capsys.readouterr().out
     two = [turn("train", "A male."), turn("train", "A female.", names=("female", "male"))]
     labels.settle(two, {})
     assert {tuple(e.candidates) for e in two} == {("A male.", "A female.")}
@@ -254,7 +254,7 @@ def test_a_task_of_many_labels_is_described_in_one_short_line(capsys):
     names = [f"region number {i}" for i in range(40)]
     labels.settle([turn("train", name, names) for name in names], {})
     (line,) = capsys.readouterr().out.splitlines()
-    assert len(line) <= 200 and line.startswith("sex: ranked are 'region number 0'") and line.endswith("…")
+    assert len(line) <= 200 and "sex 1 region number 0, 1 region number 1" in line and line.endswith("…")
 
 
 def test_a_text_is_compared_as_any_other_and_a_question_repeated_is_no_answer():
