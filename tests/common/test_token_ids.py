@@ -141,9 +141,7 @@ def test_the_template_must_write_the_image_token_once(tokenizer):
     assert image_token_in_template(tokenizer, config) == 600
     for written in ("", "<image><image>", "<picture>"):
         tokenizer.chat_template = WRITES.replace("<image>", written)
-        with pytest.raises(
-            ValueError, match=r"the chat template does not write token 600 .* for an image but"
-        ):
+        with pytest.raises(ValueError, match=r"the chat template does not write token 600 .* for an image but"):
             image_token_in_template(tokenizer, config)
     tokenizer.chat_template = WRITES
     config.image_token_index = 300  # an ordinary word piece
