@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from _old import runtime as _old  # scaffold
 from inputs.files import file_sha256, inside
 from report import near_duplicates
 from report.scoring import forms, normalise, says_nothing, score_answer
-
-progress = _old.progress
+from runtime.files import progress
 
 SPLITS = ("train", "val", "test")  # a later one may not repeat an earlier one
 KINDS = ("same file", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")

@@ -2,8 +2,9 @@
 
 from report.baselines import blind_answers
 from report.summary import results_table, summarise
-
-from _old import runtime as _old  # scaffold
+from report.write import write_report
+from runtime.files import write_json, write_jsonl
+from runtime.ranks import on_first_rank
 
 
 def finish(records: list[dict], asked: list, train_examples: list, task, run, own: dict | None = None) -> dict:
@@ -18,12 +19,12 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
     results |= {"data": str(args.data), "max_answer_tokens": args.max_answer_tokens, "limit": args.limit, **(own or {})}
     predictions = run.folder / "predictions.jsonl"
-    _old.write_jsonl(predictions, records)
+    write_jsonl(predictions, records)
     print(results_table(results))
-    _old.write_json(run.folder / "results.json", results)
+    write_json(run.folder / "results.json", results)
     print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:
-        pass
+        on_first_rank(lambda: write_report(run.folder))
     return results
 
 
