@@ -160,8 +160,7 @@ def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tup
 
 
 def _encode_joined(tokenizer, text: str) -> tuple[list[int], list[int]] | None:
-    """(input_ids, labels) as if no sentinel stood in the text; None where a merge crosses the answer's edge."""
-    # some SentencePiece tokenizers put a dummy space after every split, which the text itself does not have
+    """As if no sentinel stood there: without the dummy space of some tokenizers. None where a merge crosses an edge."""
     before, answer, after = re.split("|".join(map(re.escape, SENTINELS)), text)
     parts = before, before + answer, before + answer + after
     asked, answered, input_ids = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
@@ -180,6 +179,7 @@ def _splitter(tokenizer, _size: int):
 
 
 def supervised_tokens(labels: list[int]) -> list[int]:
+    """The labels that are not IGNORE: an answer and its EOS."""
     return [label for label in labels if label != IGNORE]
 
 
@@ -553,7 +553,7 @@ def mean_loss(model, trees: list[Prompt], task, run) -> float:
 
 
 def evaluate(model, trees: list[Prompt], examples: list, task, run) -> list[dict]:
-    """A record of every example, in their order; without an answer its prediction is None, which is wrong."""
+    """A record of every example, in their order; one that was not answered has the prediction None, which is wrong."""
     with run.equal_passes(model):
         mine = answer(model, run.share(trees), {example.id: example for example in examples}, task, run)
     found = {name: answered for part in run.gather(mine) for name, answered in part.items()}
@@ -676,8 +676,7 @@ def decode(read, lm_head, batch: dict, eos: int, limit: int, allowed: list | Non
     hidden = read(batch["input_ids"], batch["position_ids"], visible(document, branch), cache)[:, ends]  # (1, B, width)
     answers = [[] for _ in ends]
     allowed = allowed or [None] * len(answers)
-    alive = list(range(len(answers)))  # branches still being answered
-    step = 0
+    alive, step = list(range(len(answers))), 0  # branches still being answered
     while alive:
         logits = lm_head(hidden)[0].float()  # (alive, vocabulary)
         for i, b in enumerate(alive):
