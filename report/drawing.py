@@ -212,7 +212,7 @@ def figure_svg(figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # its style element would be the whole page's
+    # its style element would hold for all of the page
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg ", '<svg role="img" fill="currentColor" stroke-linejoin="round" ', 1)
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # two figures of a page share no ID

@@ -70,16 +70,16 @@ def label_figures(records: list[dict]) -> dict:
     for candidate in map(answer_label, candidates):
         named.setdefault(candidate, candidate)
     labels = sorted({*true, *(named[answer_label(candidate)] for candidate in candidates)})
-    said = []
+    predicted = []
     for record, own in zip(records, true, strict=True):
         other = named.get(answer_label(record["prediction"]), OTHER)
-        said.append(own if record["correct"] else OTHER if other == own else other)
-    pairs, n_true, n_said = Counter(zip(true, said, strict=True)), Counter(true), Counter(said)
+        predicted.append(own if record["correct"] else OTHER if other == own else other)
+    pairs, n_true, n_predicted = Counter(zip(true, predicted, strict=True)), Counter(true), Counter(predicted)
     by_label = {}
     for name in labels:
         right = pairs[name, name]
-        precision, recall = right / max(1, n_said[name]), right / max(1, n_true[name])
-        f1 = 2 * right / max(1, n_said[name] + n_true[name])  # 2 P R / (P + R)
+        precision, recall = right / max(1, n_predicted[name]), right / max(1, n_true[name])
+        f1 = 2 * right / max(1, n_predicted[name] + n_true[name])  # 2 P R / (P + R)
         by_label[name] = {"n": n_true[name], "precision": precision, "recall": recall, "f1": f1}
     figures = {c: float(np.mean([entry[c] for entry in by_label.values()])) for c in ("precision", "recall", "f1")}
     figures |= {"labels": labels[:MOST_LABELS], "single_class": len(set(true)) == 1}
@@ -96,7 +96,7 @@ def ranked_figures(records: list[dict], overall: bool = False) -> dict:
         return {}
     likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in ranked]
     true = [true_candidate(r) for r in ranked]
-    sure = [r["probabilities"][said] for r, said in zip(ranked, likeliest, strict=True)]
+    sure = [r["probabilities"][name] for r, name in zip(ranked, likeliest, strict=True)]
     figures = {"calibration": calibration(sure, [s == t for s, t in zip(likeliest, true, strict=True)])}
     names = list(ranked[0]["probabilities"])
     if not overall and all(list(r["probabilities"]) == names for r in ranked):

@@ -40,10 +40,10 @@ def entries(runs: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
 
 def probability(record: dict) -> float | None:
     """Of what is answered, where it is a candidate in its own words, or the right one in others."""
-    chances, said = record.get("probabilities") or {}, record["prediction"]
-    if said not in chances and record["correct"] and record.get("candidates"):
-        said = true_candidate(record)
-    return chances.get(said)
+    chances, answered = record.get("probabilities") or {}, record["prediction"]
+    if answered not in chances and record["correct"] and record.get("candidates"):
+        answered = true_candidate(record)
+    return chances.get(answered)
 
 
 def section(runs: list[dict], records: list[dict], media: list[dict], faults: list[str]) -> str:
@@ -67,11 +67,11 @@ def section(runs: list[dict], records: list[dict], media: list[dict], faults: li
 
 def row(record: dict, kind: int) -> list:
     """A record as a list, which in ten thousand of them takes half the room of one with field names."""
-    said = record["prediction"]
-    state = 3 if said is None else 0 if record["correct"] else 1 if record["relaxed"] else 2
+    answered = record["prediction"]
+    state = 3 if answered is None else 0 if record["correct"] else 1 if record["relaxed"] else 2
     p = record.get("p")
     p = round(p, 4) if p is not None and math.isfinite(p) else None
-    texts = [short(record["question"]), short(record["answer"]), None if said is None else short(said)]
+    texts = [short(record["question"]), short(record["answer"]), None if answered is None else short(answered)]
     found = [record["run"], str(record["id"]), kind, *texts, state, p, list(record["media"])]
     return [*found, [short(form) for form in record["also_right"]]] if record.get("also_right") else found
 
@@ -108,21 +108,21 @@ def about_media(records: list[dict], media: list[dict], faults: list[str]) -> st
     """What the reader should know of the pictures: how many there are, how they lie, and which are missing."""
     if faults and not media:
         return f"<p>No pictures: {escape(faults[0])}</p>{not_shown(faults[1:])}"
-    told = []
+    notes = []
     seen = sum(bool(record["media"]) for record in records)
     if media and seen < len(records):
-        told.append(f"{seen:,} of {len(records):,} are shown with their pictures or sound, wrong ones first.")
+        notes.append(f"{seen:,} of {len(records):,} are shown with their pictures or sound, wrong ones first.")
     volumes = [entry["name"].lower() for entry in media if entry["kind"] == "slices"]
     nifti = [name for name in volumes if name.endswith((".nii", ".nii.gz"))]
     if volumes:
-        told.append("Of volumes only the middle slices are shown.")
+        notes.append("Of volumes only the middle slices are shown.")
     if nifti:
-        told.append("NIfTI files are seen as by radiologists, from feet, front and side: the patient’s right is left.")
+        notes.append("NIfTI files are seen as by radiologists, from feet, front and side: the patient’s right is left.")
     if len(nifti) < len(volumes):
-        told.append(".npy and .npz files do not say how they lie: they are taken as x to the right (RAS).")
+        notes.append(".npy and .npz files do not say how they lie: they are taken as x to the right (RAS).")
     if media:
-        told.append("The page contains pictures of the data: share it only as you may share these.")
-    return (f'<p class="quiet">{" ".join(told)}</p>' if told else "") + not_shown(faults)
+        notes.append("The page contains pictures of the data: share it only as you may share these.")
+    return (f'<p class="quiet">{" ".join(notes)}</p>' if notes else "") + not_shown(faults)
 
 
 def not_shown(faults: list[str]) -> str:

@@ -12,9 +12,9 @@
   if (!id("gallery-data")) return;
   const data = JSON.parse(id("gallery-data").textContent);
   const media = JSON.parse(id("gallery-media").textContent);
-  const rows = data.rows.map(([run, id, type, question, answer, said, state, p, media, also = []]) => {
-    const text = [id, question, answer, said ?? "", ...also].join("\n").toLowerCase();
-    return {run, id, type, question, answer, said, state, p, media, also, text};
+  const rows = data.rows.map(([run, id, type, question, answer, prediction, state, p, media, also = []]) => {
+    const text = [id, question, answer, prediction ?? "", ...also].join("\n").toLowerCase();
+    return {run, id, type, question, answer, prediction, state, p, media, also, text};
   });
   const number = n => n.toLocaleString("en");
   let found = rows, page = 0;
@@ -51,8 +51,8 @@
     if (row.question) add("question", row.question);
     add("answer", row.answer);
     if (row.also.length) add("or", row.also.join("\n"), "quiet");
-    add("prediction", row.said === null ? "nothing" : row.said.trim() ? row.said : "an empty text",
-      row.said && row.said.trim() ? "" : "quiet");
+    add("prediction", row.prediction === null ? "nothing" : row.prediction.trim() ? row.prediction : "an empty text",
+      row.prediction && row.prediction.trim() ? "" : "quiet");
     const marks = ["✓", "≈", "✗", "✗"];
     const result = `${marks[row.state]} ${data.states[row.state]}`;
     const foot = make("footer", "", make("span", `badge state${row.state}`, result));
@@ -68,11 +68,11 @@
     page = Math.min(Math.max(page, 0), pages - 1);
     id("cards").replaceChildren(...found.slice(page * data.size, (page + 1) * data.size).map(card));
     id("count").textContent = `${number(found.length)} of ${number(rows.length)}`;
-    const told = `page ${number(page + 1)} of ${number(pages)}`, shown = id("cards").childElementCount;
-    id("printed").textContent = `${told}: ${number(shown)} of ${number(found.length)} predictions`;
+    const position = `page ${number(page + 1)} of ${number(pages)}`, shown = id("cards").childElementCount;
+    id("printed").textContent = `${position}: ${number(shown)} of ${number(found.length)} predictions`;
     for (const pager of document.querySelectorAll(".pager")) {
       const [previous, place, next] = pager.children;
-      place.textContent = told;
+      place.textContent = position;
       previous.disabled = page === 0;
       next.disabled = page === pages - 1;
     }

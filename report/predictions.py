@@ -44,18 +44,18 @@ def read_predictions(path: Path, test: list[Example], train: list[Example], fiel
 
     An example that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
     """
-    said = read_lines(path, known_ids(test), fields)
+    answered = read_lines(path, known_ids(test), fields)
     training = [(example.question_type, example.question, scoring.forms(example)) for example in train]
     blind = blind_answers(training, [(example.question_type, example.question) for example in test])
     records = []
     for example, answers in zip(test, blind, strict=True):
         names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
         record = {name: getattr(example, name) for name in names}
-        right = scoring.score(said.get(example.id), example)
-        record |= {"prediction": said.get(example.id), "correct": right["exact"], "relaxed": right["relaxed"]}
+        right = scoring.score(answered.get(example.id), example)
+        record |= {"prediction": answered.get(example.id), "correct": right["exact"], "relaxed": right["relaxed"]}
         record["baselines"] = {name: scoring.score(text, example)["exact"] for name, text in answers.items()}
         records.append(record)
-    unanswered = sum(example.id not in said for example in test)
+    unanswered = sum(example.id not in answered for example in test)
     text = f"{unanswered} of {len(test)} examples have no prediction; they count as wrong"
     return {"name": str(path), "records": records, "notes": [text] if unanswered else []}
 
@@ -71,7 +71,7 @@ def read_lines(path: Path, known: dict[str, str], fields: dict[str, str]) -> dic
     if not path.is_file():
         raise SystemExit(f"{path}: no such file")
     lines, problems = read_jsonl(path)
-    said = {}
+    answered = {}
     for where, line in lines:
         found = {}
         for name, usual in PREDICTED.items():
@@ -86,8 +86,8 @@ def read_lines(path: Path, known: dict[str, str], fields: dict[str, str]) -> dic
             problems.append(Problem(where, given, text))
         if name is None:
             problems.append(Problem(where, given, "no example of --test has this ID"))
-        elif name in said:
+        elif name in answered:
             problems.append(Problem(where, given, "answered twice; keep one line"))
-        said[name] = None if found["prediction"] is None else str(found["prediction"])
+        answered[name] = None if found["prediction"] is None else str(found["prediction"])
     refuse(problems)
-    return said
+    return answered

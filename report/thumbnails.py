@@ -47,11 +47,11 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
         if made.get(thing) is not None:
             of[i].append(made[thing])
     left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
-    told = few_of_each(faults)
+    missing = few_of_each(faults)
     unknown = sum(Path(name).suffix.lower() not in KNOWN for name in named)
-    told += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
-    told += [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
-    return media, of, told
+    missing += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
+    missing += [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
+    return media, of, missing
 
 
 def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -123,11 +123,11 @@ def few_of_each(faults: dict[str, str]) -> list[str]:
     kinds = {}
     for text, kind in faults.items():
         kinds.setdefault(kind, []).append(text)
-    told = []
+    lines = []
     for texts in kinds.values():
-        told += texts[:MOST_ALIKE]
-        told += [f"… and {len(texts) - MOST_ALIKE:,} more like the last"] if len(texts) > MOST_ALIKE else []
-    return told
+        lines += texts[:MOST_ALIKE]
+        lines += [f"… and {len(texts) - MOST_ALIKE:,} more like the last"] if len(texts) > MOST_ALIKE else []
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
