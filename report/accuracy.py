@@ -57,6 +57,7 @@ def section(runs: list[dict]) -> str:
 
 
 def side_by_side(runs: list[dict], baselines: bool) -> str:
+    """A line a run, over all its questions; with `baselines` also the best of these and the gain over it."""
     columns = [("run", TEXT), ("n", ""), ("exact", ""), ("95 %", "range"), ("relaxed", ""), ("macro", "")]
     columns += [("best baseline", ""), ("gain", ""), ("95 %", "range")] if baselines else []
     rows = []
@@ -68,6 +69,7 @@ def side_by_side(runs: list[dict], baselines: bool) -> str:
 
 
 def how_to_read(baselines: bool) -> str:
+    """What the columns mean, folded."""
     shown = {name: text for name, text in HOW_TO_READ.items() if baselines or name != "baselines"}
     lines = "".join(f"<li><b>{name}</b>: {text}</li>" for name, text in shown.items())
     return f"<details><summary>How to read this</summary><ul>{lines}</ul></details>"
@@ -118,10 +120,12 @@ def types_table(run: dict) -> str:
 
 
 def with_ece(entry: dict) -> dict:
+    """The entry with its calibration error as a field of its own, as the columns want it."""
     return entry | {"ece": entry["calibration"]["ece"]} if "calibration" in entry else entry
 
 
 def exact(entry: dict) -> list[str]:
+    """Exact match, its interval, relaxed match."""
     return [f"<b>{percent(entry['exact'])}</b>", percent_range(entry["interval"]), percent(entry["relaxed"])]
 
 
@@ -132,6 +136,7 @@ def blind(entry: dict) -> list[str]:
 
 
 def gain(entry: dict) -> list[str]:
+    """The gain over the best baseline, in points, and its interval with a badge."""
     return [signed(entry["gain"]), f"{signed_range(entry['gain_interval'])} {mark(entry)}"]
 
 
@@ -146,6 +151,7 @@ def mark(entry: dict) -> str:
 
 
 def bars(drawn: dict) -> str:
+    """The figure of accuracy, or how to have figures."""
     if not drawn:
         return '<p class="quiet">Figures need matplotlib: <code>pip install matplotlib</code></p>'
     return figure(drawn.get("accuracy"), "Share of exact matches.")

@@ -55,5 +55,6 @@ def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
 
 
 def spread(values: list[float]) -> dict:
+    """mean, sd (of a sample; None of one value), least, most"""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "sd": sd, "least": min(values), "most": max(values)}

@@ -25,6 +25,7 @@ MOST_PANELS = 12  # reliability diagrams
 
 
 def have_matplotlib() -> bool:
+    """Figures are optional: the page says how to have them."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -194,6 +195,7 @@ def scale(axes, logarithmic: bool) -> None:
 
 
 def colour_of(i: int) -> str:
+    """Of the run with number i, in all figures the same."""
     return COLOURS[i % len(COLOURS)]
 
 

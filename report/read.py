@@ -37,6 +37,7 @@ def read_run(folder: Path) -> dict:
 
 
 def read_or_empty(path: Path) -> dict:
+    """A JSON file, {} where there is none. Ends where it is damaged."""
     try:
         return read_json(path) if path.is_file() else {}
     except ValueError as error:

@@ -18,8 +18,8 @@ from report.markup import (
     type_name,
 )
 
-MOST_LABELS = 40
-NO_INTERVAL = "one group: not shown"
+MOST_LABELS = 40  # of a table without confusions
+NO_INTERVAL = "one group: not shown"  # nothing is known of another group
 
 
 def blind(runs: list[dict]) -> str:
@@ -63,6 +63,7 @@ def comparisons(pairs: list[dict]) -> str:
 
 
 def better(pair: dict, interval: list | None) -> str:
+    """Which of the two runs is higher, in words; only where the interval of their difference excludes zero."""
     if interval is None:
         return NO_INTERVAL
     if interval[0] <= 0 <= interval[1]:
@@ -102,6 +103,7 @@ def confusions(runs: list[dict]) -> str:
 
 
 def confusion(entry: dict) -> str:
+    """Of one type; who is taken for whom only where there are few labels."""
     labels, per_label = list(entry["labels"]), entry["per_label"]
     counts = entry.get("confusion")
     columns = [("true answer", TEXT), ("n", "")]
@@ -122,6 +124,7 @@ def confusion(entry: dict) -> str:
 
 
 def shaded(n: int, share: float, right: bool) -> str:
+    """A cell as dark as its share of the line."""
     kind = "right" if right else "wrong"
     return f'<td class="{kind}" style="--share:{share:.2f}">{n:,}</td>' if n else '<td class="quiet">0</td>'
 
@@ -177,6 +180,7 @@ def audit(found: dict | None) -> str:
 
 
 def of_run(found: dict) -> str:
+    """Which run an audit or a leakage check is of, where there are several."""
     return f'<p class="quiet">Of the run {escape(found["run"])}.</p>' if found.get("run") else ""
 
 
@@ -232,4 +236,5 @@ def settings(runs: list[dict]) -> str:
 
 
 def setting(value) -> str:
+    """A text as it is, anything else as JSON."""
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))

@@ -80,5 +80,6 @@ def print_result(result: dict) -> None:
 
 
 def difference_text(entry: dict, prefix: str = "") -> str:
+    """A difference in points with its interval, the field PREFIXinterval."""
     low_high = entry[f"{prefix}interval"]
     return f"{entry['difference']:+.1%}" + (" ({:+.1%} – {:+.1%})".format(*low_high) if low_high else " (one group)")
