@@ -356,3 +356,30 @@ def test_a_run_below_its_baseline_is_named(tmp_path, capsys):
     write_jsonl(tmp_path / "predictions.jsonl", records)
     main([str(tmp_path)])
     assert "NO gain over its best blind baseline" in capsys.readouterr().out
+
+
+def test_the_leakage_check_alone_writes_what_it_found_and_ends_with_1_where_there_is_something(demo_folder, tmp_path):
+    with pytest.raises(SystemExit) as clean:
+        main(["--data", str(demo_folder / "data")])
+    assert clean.value.code == 0
+    examples = [{"id": i, "question": "Is it?", "answer": "yes", "group": "patient 7"} for i in "ab"]
+    write_jsonl(tmp_path / "train.jsonl", examples[:1])
+    write_jsonl(tmp_path / "test.jsonl", examples[1:])
+    with pytest.raises(SystemExit) as shared:
+        main(["--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert shared.value.code == 1 and found["faults"] == []
+    assert [finding["kind"] for finding in found["leakage"]["findings"]] == ["shared group"]
+
+
+def test_the_published_split_of_endovis_is_asked_for(tmp_path, capsys):
+    for number in (2, 1):
+        folder = tmp_path / f"seq_{number}/vqa/Classification"
+        folder.mkdir(parents=True)
+        (folder / "frame000_QA.txt").write_text("what is it?|kidney\n")
+    with pytest.raises(SystemExit, match="give --endovis"):
+        main(["--data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main(["--data", str(tmp_path), "--endovis", "paper"])
+    text = capsys.readouterr().out
+    assert "train: 1 questions" in text and "test: 1 questions" in text and "seq_16" in text  # which is not there
