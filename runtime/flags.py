@@ -31,11 +31,25 @@ def board(text: str) -> str:
     return text
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and a line for most flags."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """A flag as it is written: "--[no-]report"."""
+        if isinstance(action, YES_NO):
+            return action.option_strings[0].replace("--", "--[no-]")
+        return super()._format_action_invocation(action)
+
+
+def wide(prog: str) -> Help:
+    return Help(prog, max_help_position=28, width=120)
+
+
 class Parser(argparse.ArgumentParser):
     """Says of a flag that it does not know what it is called here, and keeps --help short."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=wide, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=wide, allow_abbrev=False, add_help=False)
         self.usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
@@ -43,11 +57,6 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error("\n".join(explain(unknown, list(self._option_string_actions))))
         return found
-
-
-def wide(prog: str) -> argparse.HelpFormatter:
-    """The script's docstring as it stands, and a line for most flags."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
 
 
 def shared(doc: str, tunings: dict[str, str] | None = None, **defaults) -> Parser:
@@ -105,14 +114,14 @@ def add_training(add) -> None:
 
 def add_machine(add) -> None:
     add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="(default: bf16 on a GPU, fp32 on a CPU)")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="number format (default: bf16 on a GPU, fp32 on a CPU)")
     text = "processes that read media (default: 0, in the trainer itself)"
     add("--workers", type=int, metavar="N", default=0, help=text)
     text = "several ranks: a complete model each, or decoder layers sharded over them (default: %(default)s)"
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=text)
     text = "compute activations again: less memory, slower (default: no)"
     add("--grad-checkpoint", action=YES_NO, default=False, help=text)
-    text = "send metrics there as well: tensorboard (RUN/tensorboard) or wandb:PROJECT; repeatable (default: nowhere)"
+    text = "send metrics to tensorboard (RUN/tensorboard) or wandb:PROJECT, too; repeatable (default: neither)"
     add("--log-to", action="append", type=board, default=[], metavar="BOARD", help=text)
 
 
@@ -123,24 +132,25 @@ def add_saving(add) -> None:
     add("--eval-every", type=positive, metavar="N", default=200, help=text)
     text = "auto (newest complete checkpoint of RUN), none, or a checkpoint's folder (default: %(default)s)"
     add("--resume", default="auto", metavar="WHAT", help=text)
-    text = "although settings or data have changed since the checkpoint (default: no)"
+    text = "resume although settings or data have changed since the checkpoint (default: no)"
     add("--resume-anyway", action="store_true", help=text)
-    text = "split that is answered at the end (default: %(default)s)"
-    add("--eval-split", choices=["test", "val", "train"], default="test", help=text)
+    splits = ["test", "val", "train"]
+    text = "split that is answered at the end: test, val or train (default: %(default)s)"
+    add("--eval-split", choices=splits, metavar="SPLIT", default="test", help=text)
     choices = ["greedy", "constrained", "ranked", "both"]
-    text = (
-        "greedy: the likeliest next token; constrained: of those that lead to an allowed answer; ranked: the likeliest "
-    )
-    text += "allowed answer, with probabilities; both: greedy, and ranked besides (default: %(default)s)"
-    add("--decode", type=lambda text: ANSWERS.get(text, text), choices=choices, default="greedy", help=text)
+    text = "greedy: token by token; constrained: so, among allowed answers; ranked: the likeliest allowed answer, with "
+    text += "probabilities; both: greedy, and ranked besides (default: %(default)s)"
+    kind = {"type": lambda text: ANSWERS.get(text, text), "choices": choices, "metavar": "HOW"}
+    add("--decode", **kind, default="greedy", help=text)
     text = "most tokens of an answer that is not ranked (default: %(default)s)"
     add("--max-answer-tokens", type=positive, metavar="N", default=64, help=text)
-    text = "with --eval-only: nothing to see, or another group's media; into RUN/blind (default: neither)"
+    text = "with --eval-only: show nothing, or another group's media; into RUN/blind (default: no)"
     add("--blind", choices=["blank", "shuffled"], help=text)
     add("--report", action=YES_NO, default=True, help="write RUN/report/report.html after answering (default: yes)")
 
 
 def add_modes(add) -> None:
+    add("-h", "--help", action="help", help="show this and exit")
     add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
     text = f"overfit the first N examples in {OVERFIT_STEPS} steps (or --max-steps); exit code 1 if one is wrong"
     add("--overfit", type=positive, metavar="N", help=text)
