@@ -114,7 +114,8 @@ def add_training(add) -> None:
 
 def add_machine(add) -> None:
     add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="number format (default: bf16 on a GPU, fp32 on a CPU)")
+    text = "number format (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=text)
     text = "processes that read media (default: 0, in the trainer itself)"
     add("--workers", type=int, metavar="N", default=0, help=text)
     text = "several ranks: a complete model each, or decoder layers sharded over them (default: %(default)s)"

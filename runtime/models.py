@@ -250,38 +250,3 @@ def save_image_processor(processor, folder: Path) -> None:
     saved = read_json(path) if path.is_file() else {}
     if "image_processor" in saved:
         write_json(path, saved | {"image_processor": read_json(folder / "preprocessor_config.json")})
-
-
-# ---- until the scripts and report have switched ----
-
-
-def make_faster_or_smaller(vlm, decoder, args) -> None:
-    checkpoint_gradients(vlm, args)
-
-
-class Autocast:
-    """A model as the first version's functions call it: they leave autocast to it."""
-
-    def __init__(self, model, run):
-        self.model, self.run, self.autocast, self.idle = model, run, run.autocast, None
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def hidden(self, *args, **kwargs):
-        with self.run.autocast():
-            return self.model.hidden(*args, **kwargs)
-
-    def lm_head(self, *args):
-        with self.run.autocast():
-            return self.model.lm_head(*args)
-
-    def __call__(self, row):
-        with self.run.autocast():
-            return self.model(row)
-
-
-def heeds_mask(model, trees, task, run):
-    from runtime.attention import heeds_mask
-
-    heeds_mask(model, trees, task, run)
