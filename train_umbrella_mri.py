@@ -128,6 +128,7 @@ def make_example(args, where: str, split: str, entry: dict) -> Turn:
         volumes=entry["volumes"],
         media=[name for volume in entry["volumes"] for name in volume.files],
         turns=entry["turns"],
+        history=entry["turns"][:-1],
         labels=allowed,
         label=labels.of_metadata(entry["metadata"], allowed) if allowed else None,
         **fields | {"candidates": None},  # an answer for each label, once all examples are read: labels.settle
