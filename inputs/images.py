@@ -104,7 +104,9 @@ def patches(processor, patch: int) -> tuple[int, int]:
     """(rows, columns) of an image's patches, printed with what is cropped away. Ends where they are not whole."""
     height, width = size_of(processor)
     if height % patch or width % patch:
-        raise SystemExit(f"preprocessor_config.json: {height} x {width} pixels do not divide into {patch} px patches")
+        raise SystemExit(
+            f"preprocessor_config.json: {height} x {width} pixels are no whole number of {patch} px patches"
+        )
     rows, columns = height // patch, width // patch
     unseen = " and ".join(f"{1 - seen(processor, w, h):.0%} of {w}:{h}" for w, h in ((1, 1), (16, 9)))
     print(f"a frame is {height} x {width} pixels, {rows} x {columns} patches; cropped away: {unseen}")
@@ -144,9 +146,8 @@ class QwenImages:
         """(width, height) of an image, decoded completely. Raises ValueError where one side is 200 times the other."""
         image = open_image(data, name)
         if max(image.size) > 200 * min(image.size):  # which smart_resize refuses
-            raise ValueError(
-                f"{name}: {image.width} x {image.height} pixels, one side over 200 times the other; crop it"
-            )
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{name}: {size}, one side over 200 times the other; crop it")
         return image.size
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
