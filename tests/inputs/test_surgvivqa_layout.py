@@ -86,20 +86,20 @@ def published(tmp_path_factory):
 def test_the_split_check_counts_what_the_published_splits_share(video_folder, published, tmp_path, capsys):
     """869 of 3,070 frames of eval are in train, too; so is every video of eval. The test split is clean."""
     argv = ["--model", str(video_folder / "model"), "--data", str(published), "--out", str(tmp_path), "--check"]
-    script.main([*argv, "--skip-bad"])
+    with pytest.raises(SystemExit, match="--skip-bad would leave out all of val"):
+        script.main([*argv, "--skip-bad"])
     text = capsys.readouterr().out
     assert (
         "val: 869 of 3070 files shown are in earlier splits too, in 169 of 398 questions, 45 of which show nothing"
         in text
     )
-    assert "test: 0 of 6685 files shown are in earlier splits too, in 0 of 1000 questions" in text
     assert re.search(r"group 002-00. of val is also in train", text)
     report = json.loads((tmp_path / "check.json").read_text())
     assert [report["splits"][split]["questions"] for split in ("train", "val", "test")] == [2302, 0, 1000]
     assert sum(where.startswith("eval_multivideo.jsonl:") for where in report["skipped"]) == 398
     val, test = (report["shared_with_earlier_splits"][split] for split in ("val", "test"))
     assert (val["shared"], val["shown"], val["questions_touched"], val["questions_contained"]) == (869, 3070, 169, 45)
-    assert (test["shared"], test["questions_touched"]) == (0, 0)
+    assert (test["shared"], test["shown"], test["questions"], test["questions_touched"]) == (0, 6685, 1000, 0)
 
 
 def test_the_blind_majority_of_the_published_test_is_57_3_percent(published):

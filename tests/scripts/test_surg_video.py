@@ -25,6 +25,7 @@ import train_qwen2vl_sentinel
 import train_surg_video_vqa as script
 from common import IGNORE, answering_prompt, pack
 from inputs import images
+from report import scoring
 from report.baselines import blind_answers
 from runtime import EXIT_STOPPED, Run
 
@@ -274,8 +275,8 @@ def test_parameters_are_counted_at_the_published_sizes(video_folder, tmp_path, c
     assert counts["total"] == ["9,094,412,800", "166,068,224"]
     assert counts["audio_tower"] == ["636,968,960", "0"] and counts["audio_projector"] == ["4,587,520"] * 2
     assert counts["LoRA"] == ["161,480,704"] * 2
-    numbers = {name: [int(n.replace(",", "")) for n in found] for name, found in counts.items() if len(found) == 2}
-    assert 9_094_412_800 - sum(numbers[name][0] for name in ("audio_tower", "audio_projector", "LoRA")) == 8_291_375_616
+    parts = [int(counts[name][0].replace(",", "")) for name in ("audio_tower", "audio_projector", "LoRA")]
+    assert 9_094_412_800 - sum(parts) == 8_291_375_616
     script.main(argv)
     assert "audio" not in capsys.readouterr().out.partition("component")[2]
 
@@ -384,17 +385,16 @@ def test_a_graft_under_other_names_is_not_dropped_silently(video_folder, tmp_pat
 
 
 def test_another_encoder_than_the_checkpoint_s_is_refused_and_a_moved_one_is_not(video_folder, trained, tmp_path):
-    shutil.copytree(video_folder / "whisper", tmp_path / "moved")
+    for name in ("moved", "other"):
+        shutil.copytree(video_folder / "whisper", tmp_path / name)
     (tmp_path / "moved/normalizer.json").write_text("{}")  # what the hub has besides
-    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints/step-00000004"]
-    folder = ["--model", video_folder / "model", "--data", video_folder / "data", "--out", tmp_path / "out"]
-    argv = [str(flag) for flag in [*folder, *flags, "--audio-model", tmp_path / "moved"]]
-    script.main(argv)
-    assert read_lines(tmp_path / "out/predictions.jsonl") == read_lines(trained / "predictions.jsonl")
-    path = tmp_path / "moved/model.safetensors"
+    path = tmp_path / "other/model.safetensors"
     save_file({k: t + 1e-3 for k, t in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(SystemExit, match="was trained with another"):
-        script.main(argv)
+    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints/step-00000004", "--audio-model"]
+    run_script(video_folder, tmp_path / "out", *flags, tmp_path / "moved", script=script)
+    assert read_lines(tmp_path / "out/predictions.jsonl") == read_lines(trained / "predictions.jsonl")
+    words = script_refused(video_folder, tmp_path / "out", *flags, tmp_path / "other", script=script)
+    assert "the checkpoint was trained with another model" in words
 
 
 def test_what_a_checkpoint_needs_is_named(video_folder, qwen_folder, trained, tmp_path):
@@ -424,7 +424,7 @@ def test_what_cannot_be_heard_is_refused_before_weights_are_read(copy, tmp_path,
     whisper = ["--audio-model", copy / "whisper"]
     assert "has no audio encoder; give one with --audio-model" in words("--question", "audio")
     assert "nothing would be heard" in words("--question", "text", *whisper)
-    assert "model_type 'qwen2_vl', not whisper" in words("--audio-model", copy / "model")
+    assert "model_type 'qwen2_vl', not 'whisper'" in words("--audio-model", copy / "model")
     assert "no such folder" in words("--audio-model", copy / "nothing")
     change(copy / "model/config.json", audio_token_id=7)
     words(*whisper)
@@ -443,8 +443,8 @@ def test_pad_equal_to_eos_is_separated_in_training_and_evaluation(copy, tmp_path
     for flags in (["--check"], [*SMALL, "--max-steps", 1], [*SMALL, "--eval-only"]):
         run(copy, tmp_path / "out", *flags)
         lines = capsys.readouterr().out.split("\n")
-        (line,) = [line for line in lines if "tokenizer_config.json: PAD" in line]
-        assert "PAD '<|im_end|>' (" in line and "PAD is now '<|pad|>' (" in line
+        (line,) = [line for line in lines if line.startswith("PAD '<|im_end|>' (")]
+        assert "PAD is now '<|pad|>' (" in line
     check = json.loads((tmp_path / "out/check.json").read_text())
     assert "PAD is now '<|pad|>'" in check["pad"]
     data = load_demo(copy, script, "--audio-model", copy / "whisper")
@@ -467,13 +467,17 @@ def edit(copy, split, line, **values):
 def test_every_fault_is_named_with_file_row_and_remedy(copy, tmp_path, capsys):
     data = copy / "data"
     rows = read_lines(data / "train_multivideo.jsonl")
-    expected = []
+    expected, video = [], rows[0]["video_id"]
     edit(copy, "train", 0, frames="a string")
-    expected.append("train_multivideo.jsonl:1 (id qa_000000): frames must be a list of files, in the order of time")
+    expected.append(
+        f"train_multivideo.jsonl:1 (id {video}/qa_000000): frames must be a list of files, in the order of time"
+    )
     edit(copy, "train", 1, frame_numbers=rows[1]["frame_numbers"][::-1])
-    expected.append("train_multivideo.jsonl:2 (id qa_000001): frame_numbers")
+    expected.append(f"train_multivideo.jsonl:2 (id {video}/qa_000001): frame_numbers")
     edit(copy, "train", 2, answer=None)
-    expected.append("train_multivideo.jsonl:3 (id qa_000002): no answer; give one, or choose the other --target")
+    expected.append(
+        f"train_multivideo.jsonl:3 (id {video}/qa_000002): no answer; give one, or choose the other --target"
+    )
     (data / "audio/train/qa_000003.wav").unlink()
     expected.append("audio/train/qa_000003.wav is missing; restore the file or leave the example out (--skip-bad)")
     soundfile.write(data / "audio/train/qa_000004.wav", np.sin(np.arange(17_600)), 16_000)
@@ -492,12 +496,13 @@ def test_every_fault_is_named_with_file_row_and_remedy(copy, tmp_path, capsys):
     expected.append("frame_numbers must be an integer for each of the 8 frames")
     edit(copy, "eval", 4, audio="question.m4a")
     expected.append("audio must be a file ending in .wav, .flac, .mp3: 'question.m4a'")
-    edit(copy, "eval", 5, id="x" * 300)
-    expected.append(f"audio/eval/{'x' * 300}.wav cannot be opened: ")
+    edit(copy, "test", 5, id="x" * 300)
+    expected.append(f"audio/test/{'x' * 300}.wav cannot be opened: ")
     edit(copy, "eval", 1, frame_number=3, frame_numbers=None)
     expected.append("unknown field 'frame_number'; did you mean 'frame_numbers'?")
     refused(copy, tmp_path / "out", "--check")
-    text = capsys.readouterr().out
+    assert "fault (3 such, also " in capsys.readouterr().out  # one cause once
+    text = "\n".join(json.loads((tmp_path / "out/check.json").read_text())["failures"])
     assert [fault for fault in expected if fault not in text] == []
     run(copy, tmp_path / "out", "--check", "--skip-bad")
     skipped = json.loads((tmp_path / "out/check.json").read_text())["skipped"]
@@ -512,9 +517,9 @@ def test_one_recording_of_two_questions_is_refused(copy, tmp_path, capsys):
     )
     edit(copy, "train", rows.index(other), id=first["id"])
     refused(copy, tmp_path / "out", "--check")
-    text = capsys.readouterr().out
     fault = f"audio/train/{first['id']}.wav is also the recording of another question"
-    assert text.count(fault) == 2
+    failures = json.loads((tmp_path / "out/check.json").read_text())["failures"]
+    assert sum(fault in failure for failure in failures) == 2
     refused(copy, tmp_path / "out", "--check", "--limit", rows.index(first) + 1)  # the other is not even looked at
     assert fault in capsys.readouterr().out
     script.main(["--model", str(copy / "model"), "--data", str(copy / "data"), "--out", str(tmp_path / "o"), "--check"])
@@ -557,10 +562,13 @@ def test_an_answer_in_either_form_is_right_and_declared_synonyms_are_relaxed_mat
     assert not data.task.score("No, the scope is advancing.", example)["relaxed"]
 
 
-def test_the_blind_baseline_counts_either_form():
+def test_the_blind_baseline_counts_either_form(data):
     """Sentences of many wordings: whoever always says "no" is right, and the baseline says so."""
     training = [("a", "Is it moving?", [f"No, as in {i}.", "no"]) for i in range(9)]
     assert blind_answers(training, [("a", "Is it?")]) == [{"type": "no", "question": "no", "nearest": "no"}]
+    example = replace(data.examples[0], question_type="yes_no", answer="No, it withdraws.", candidates=["yes", "no"])
+    assert scoring.answerable(replace(example, also_right=["no"]))
+    assert not scoring.answerable(replace(example, also_right=[]))
 
 
 @pytest.mark.parametrize("nothing", [float("nan"), "nan", "-", "", None])

@@ -596,7 +596,7 @@ def test_a_single_image_is_a_video_of_one_frame(copy, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"do_center_crop": False}, "frames would differ in size"),
+        ({"do_center_crop": False}, "images would differ in size"),
         ({"crop_size": {"height": 100, "width": 112}}, "100 x 112 pixels are no whole number of 7 px patches"),
     ],
 )
@@ -885,14 +885,14 @@ def test_another_tower_than_in_training_is_refused(plain_folder, copy, tmp_path)
     weights = load_file(copy / "vision/model.safetensors")
     weights["layernorm.bias"] += 1
     save_file(weights, copy / "vision/model.safetensors", {"format": "pt"})
-    assert "was trained with another tower" in refused(copy, tmp_path, "--eval-only")
+    assert "was trained with another model" in refused(copy, tmp_path, "--eval-only")
     assert "vision_weights was" in refused(copy, tmp_path, *SMALL, "--max-steps", 1)
 
 
 def test_another_image_processor_than_in_training_is_refused(plain_folder, copy, tmp_path):
     run(plain_folder, tmp_path, *SMALL, "--max-steps", 1)
     edit_json(copy / "vision/preprocessor_config.json", image_mean=[0.1, 0.9, 0.1])
-    assert "another tower or image processor" in refused(copy, tmp_path, "--eval-only")
+    assert "was trained with another model, or another configuration" in refused(copy, tmp_path, "--eval-only")
 
 
 def test_a_bfloat16_run_trains_in_float32_and_reads_its_cache(plain_folder, tmp_path):
