@@ -93,7 +93,7 @@ def parse_arguments(argv):
 
 @dataclass(kw_only=True)
 class Turn(Example):
-    """An assistant's turn: all that was said and shown before it is its prompt."""
+    """An assistant's turn: the turns before it are its prompt."""
 
     volumes: list[Volume]  # in the order in which they are shown
     turns: list[dict]  # what comes before the answer, as the chat template reads it
@@ -179,8 +179,8 @@ class UmbrellaTask(Task):
     def render(self, example: Turn, answer: str) -> str:
         """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
         opening, closing = common.SENTINELS
-        said = {"role": "assistant", "content": [{"type": "text", "text": opening + answer + closing}]}
-        before, _, after = self.tokenizer.apply_chat_template([*example.turns, said], tokenize=False).partition(opening)
+        last = {"role": "assistant", "content": [{"type": "text", "text": opening + answer + closing}]}
+        before, _, after = self.tokenizer.apply_chat_template([*example.turns, last], tokenize=False).partition(opening)
         return before + opening + after.partition(closing)[0] + closing + self.tokenizer.eos_token
 
     def counts(self, example: Turn) -> list[int]:
@@ -208,12 +208,12 @@ class UmbrellaTask(Task):
 
         "volumes of T1" are those of T1, in the same order, (n, channels, x, y, z), and so on for each that is there.
         """
-        shown, found = [volume for tree in trees for volume in tree.media], defaultdict(list)
-        for volume in shown:
+        listed, found = [volume for tree in trees for volume in tree.media], defaultdict(list)
+        for volume in listed:
             voxels = volumes.read(data, volume, self.modalities[volume.modality], self.args)
             found[f"volumes of {volume.modality}"].append(voxels)
         stacked = {name: torch.stack(parts) for name, parts in found.items()}
-        return {"modalities": [volume.modality for volume in shown], **stacked}
+        return {"modalities": [volume.modality for volume in listed], **stacked}
 
     # ---- for blind runs ----
 
