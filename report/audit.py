@@ -11,6 +11,7 @@ from report.scoring import OPTION_LABEL, answer_label, forms
 MOST_PAIRS = 200_000
 MOST_TOGETHER = 20  # answers given in one
 MOST_LISTED = 200
+LONGEST_LINE = 200
 
 
 def audit_scorer(right, examples: list, synonyms: list[list[str]] = ()) -> dict:
@@ -100,7 +101,7 @@ class Audit:
 def print_audit(audit: dict) -> None:
     """The audit's figures in a line, its failures in lines of their own."""
     for text in audit["failures"][:10]:
-        print(f"scorer: {text}")
+        print(f"scorer: {text}"[:LONGEST_LINE])
     probes = f"{sum(audit['probes'].values())} x {', '.join(audit['probes'])}"
     text = f"{audit['pairs']} pairs of {audit['answers']} answers, {audit['declared']} declared the same"
     print(f"scorer: {text}; tried as answers: {probes}; {audit['failed']} wrongly called right")

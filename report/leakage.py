@@ -18,6 +18,7 @@ from report.scoring import forms, normalise, says_nothing, score_answer
 from runtime.files import progress
 
 SPLITS = ("train", "val", "test")  # a later one may not repeat an earlier one
+LONGEST_LINE = 200
 KINDS = ("same file", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
 
 
@@ -233,7 +234,7 @@ def print_result(result: dict, most: int = 10) -> None:
     counts = {kind: result["counts"][kind] for kind in KINDS if result["counts"][kind]}
     for kind, n in counts.items():
         for finding in islice((f for f in result["findings"] if f["kind"] == kind), most):
-            print(f"{kind}: {finding['where']}: {finding['text']}")
+            print(shorten(f"{kind}: {finding['where']}: {finding['text']}", LONGEST_LINE))
         if n > most:
             print(f"{kind}: … and {n - most} more")
     if result["counts"]["not looked at"]:
@@ -246,7 +247,7 @@ def print_result(result: dict, most: int = 10) -> None:
 
 
 def describe(split: dict) -> str:
-    """A split of `check` in a line of at most 200 characters."""
+    """A split of `check` in a line, which names no more than fits into it."""
     n, answers = split["questions"], islice(split["answers"].items(), 3)
     often = ", ".join(f"{shorten(answer, 16)!r} {count / n:.0%}" for answer, count in answers)
     text = f"{n} questions of {len(split['question_types'])} types, {split['files']} files, "

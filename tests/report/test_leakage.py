@@ -337,6 +337,19 @@ def test_ten_findings_of_a_kind_are_printed_and_all_are_kept(tmp_path, capsys):
     json.dumps(result)
 
 
+def test_no_printed_line_is_longer_than_200_characters(tmp_path, capsys):
+    long = [{"question": f"{'Is it ' * 40}{i}?", "answer": f"{i}: {'yes, it is ' * 40}"} for i in range(3)]
+    kinds = [{"question": f"Is it {i}?", "question_type": f"a_type_of_the_data_{i // 2}"} for i in range(60)]
+    same = [asks("a.jpg", question="Is it " * 40, answer=f"{'yes, it is ' * 20}{i}") for i in range(2)]
+    write(tmp_path, train=[shows("b.jpg", picture(2), **line) for line in [*long, *kinds]] + same)
+    result = checked(tmp_path)
+    leakage.print_result(result)
+    printed = capsys.readouterr().out
+    assert "conflict: " in printed and "always the same answer to a_type" in printed
+    assert max(map(len, printed.split("\n"))) <= 200
+    assert any(len(finding["text"]) > 200 for finding in result["findings"])  # complete in check.json
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the annotations of SurgViVQA are not here")
 def test_the_published_surgical_clips_share_the_frames_that_are_known():
     result = checked(PUBLISHED)
