@@ -4,7 +4,9 @@ import json
 import pickle
 import shutil
 import socket
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,8 +16,10 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import runtime
+import common
 import train_llava_med
+from runtime import folders, record
+from runtime.files import sha256
 
 SMALL = ["--limit", 24, "--questions-per-step", 12, "--max-steps", 2, "--lr", 1e-3, "--max-answer-tokens", 6]
 
@@ -59,17 +63,41 @@ def test_the_run_folder_is_complete(trained):
     files = {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
     assert {p.name for p in checkpoint.iterdir()} == files | {"manifest.json"}
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert manifest == {name: runtime.file_sha256(checkpoint / name) for name in files}
+    assert manifest == {name: sha256(checkpoint / name) for name in files}
 
 
-def test_config_records_settings_command_and_versions(trained):
+def test_config_records_settings_command_versions_and_data(demo_folder, trained):
     config = json.loads((trained / "config.json").read_text())
     assert (config["settings"]["lr"], config["settings"]["limit"], config["settings"]["lora_r"]) == (0.001, 24, 16)
     assert config["argv"][-2:] == ["--max-answer-tokens", "6"]
     assert config["versions"]["torch"] == torch.__version__
     assert {"python", "torch", "transformers", "safetensors", "numpy"} == config["versions"].keys()
-    assert "git_commit" in config
-    assert config["same"]["steps"] == 2 and len(config["same"]["rows"]) == 64
+    assert {"script", "script_sha256", "git_commit", "git_differs"} <= config.keys()
+    assert config["data_sha256"] == {path.name: sha256(path) for path in sorted((demo_folder / "data").glob("*.jsonl"))}
+    assert config["same"]["steps"] == 2 and len(config["same"]["examples"]) == 64
+
+
+def test_config_says_which_script_and_whether_its_checkout_was_changed(tmp_path, monkeypatch):
+    """A commit alone says nothing about files that were edited since."""
+    script = tmp_path / "train_mine.py"
+    script.write_text("print(1)")
+    monkeypatch.setattr("sys.argv", [str(script), "--lr", "1"])
+    found = record.describe(SimpleNamespace(command=["--lr", "1"], data=str(tmp_path), lr=1.0))
+    assert (found["script"], found["script_sha256"]) == ("train_mine.py", sha256(script))
+    assert (found["argv"], found["settings"]["lr"]) == (["--lr", "1"], 1.0)
+
+    def git(*command):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *name, *command], check=True, capture_output=True)
+
+    assert record.commit(tmp_path) == {"git_commit": None, "git_differs": None}
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    first = record.commit(tmp_path)
+    assert len(first["git_commit"]) == 40 and first["git_differs"] is False
+    script.write_text("print(2)")
+    assert record.commit(tmp_path) == {**first, "git_differs": True}
 
 
 def test_every_step_has_every_documented_metric(demo_folder, trained):
@@ -91,27 +119,27 @@ def test_predictions_has_a_line_a_question_and_results_count_them(demo_folder, t
     assert [(line["id"], line["answer"], line["group"]) for line in lines] == [
         (row["id"], row["answer"], row["group"]) for row in rows
     ]
-    keys = {"id", "group", "media", "question_type", "question", "answer", "prediction", "ended", "correct", "tolerant"}
-    assert [line.keys() - {"candidates"} for line in lines] == [keys | {"floors"}] * 24
+    keys = {"id", "group", "media", "question_type", "question", "answer", "prediction", "ended", "correct", "relaxed"}
+    assert [line.keys() - {"candidates"} for line in lines] == [keys | {"baselines"}] * 24
     assert {line["question_type"] for line in lines if "candidates" in line} == {"yes_no", "color", "mcq"}
     results = json.loads((trained / "results.json").read_text())
-    assert results["all"]["n"] == sum(entry["n"] for entry in results["types"].values()) == 24
-    above = {"floors", "best_floor", "above_floor", "above_floor_interval"}
-    assert results["all"].keys() == {"n", "groups", "exact", "tolerant", "interval", *above}
-    assert results["all"]["exact"] == sum(line["correct"] for line in lines) / 24
+    assert results["micro"]["n"] == sum(entry["n"] for entry in results["types"].values()) == 24
+    gain = {"baselines", "best_baseline", "gain", "gain_interval"}
+    assert results["micro"].keys() == {"n", "groups", "exact", "relaxed", "interval", *gain}
+    assert results["micro"]["exact"] == sum(line["correct"] for line in lines) / 24
 
 
 def test_missing_predictions_count_as_wrong(demo_folder, trained, tmp_path, monkeypatch):
     rows = read_lines(demo_folder / "data" / "test.jsonl")[:24]
     right = {row["id"]: {"prediction": row["answer"]} for row in rows}
     flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints" / "step-00000002"]
-    monkeypatch.setattr(train_llava_med, "answer", lambda *rest: right)
+    monkeypatch.setattr(common, "answer", lambda *rest: right)
     run(demo_folder, tmp_path, *flags)
-    assert json.loads((tmp_path / "results.json").read_text())["all"]["exact"] == 1.0
-    monkeypatch.setattr(train_llava_med, "answer", lambda *rest: dict(list(right.items())[:18]))
+    assert json.loads((tmp_path / "results.json").read_text())["micro"]["exact"] == 1.0
+    monkeypatch.setattr(common, "answer", lambda *rest: dict(list(right.items())[:18]))
     run(demo_folder, tmp_path, *flags)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["all"]["n"], results["all"]["exact"]) == (24, 0.75)
+    assert (results["micro"]["n"], results["micro"]["exact"]) == (24, 0.75)
     lines = read_lines(tmp_path / "predictions.jsonl")
     assert [line["correct"] for line in lines] == [True] * 18 + [False] * 6
     assert [line["prediction"] for line in lines[18:]] == [None] * 6
@@ -135,12 +163,12 @@ def test_eval_only_without_a_checkpoint_is_refused(demo_folder, tmp_path):
     assert "no checkpoint to answer with" in refused(demo_folder, tmp_path, *SMALL, "--eval-only")
 
 
-def test_eval_only_without_rows_is_refused(demo_folder, trained, tmp_path):
+def test_eval_only_without_examples_is_refused(demo_folder, trained, tmp_path):
     (tmp_path / "model").symlink_to(demo_folder / "model")
     shutil.copytree(demo_folder / "data", tmp_path / "data")
     (tmp_path / "data" / "val.jsonl").unlink()
     flags = ["--eval-only", "--eval-split", "val", "--resume", trained / "checkpoints" / "step-00000002"]
-    assert refused(tmp_path, tmp_path / "run", *SMALL, *flags) == "--eval-split val: the data has no such rows"
+    assert refused(tmp_path, tmp_path / "run", *SMALL, *flags) == "--eval-split val: the data has no such examples"
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
@@ -163,14 +191,14 @@ def test_a_merged_model_opens_plainly_and_generates_the_same_answers(demo_folder
         text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         input_ids = [i for token in tokenizer(text).input_ids for i in [token] * (64 if token == 600 else 1)]
         pixels = processor([Image.open(demo_folder / "data" / row["image"])], return_tensors="pt")["pixel_values"]
-        whole = model.generate(
+        tokens = model.generate(
             input_ids=torch.tensor([input_ids]),
             attention_mask=torch.ones(1, len(input_ids), dtype=torch.long),
             pixel_values=pixels,
             max_new_tokens=6,
             do_sample=False,
         )
-        answers[row["id"]] = tokenizer.decode(whole[0, len(input_ids) :], skip_special_tokens=True).strip()
+        answers[row["id"]] = tokenizer.decode(tokens[0, len(input_ids) :], skip_special_tokens=True).strip()
     assert len(set(answers.values())) > 1 or tune == "full"  # or the comparison would say little
     assert answers == {row["id"]: predictions(out)[row["id"]] for row in rows}
     if tune == "full":
@@ -184,9 +212,9 @@ def test_merge_without_a_checkpoint_is_refused(demo_folder, tmp_path):
     )
 
 
-def test_count_params_needs_no_weights(folder, capsys):
+def test_check_without_data_counts_parameters_and_needs_no_weights(folder, capsys):
     (folder / "model" / "model.safetensors").unlink()
-    train_llava_med.main(["--model", str(folder / "model"), "--count-params"])
+    train_llava_med.main(["--model", str(folder / "model"), "--check"])
     table = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.split("\n") if line}
     # three layers of width 128 (64 for keys and values) and 320 in between: 16 x (in + out) each
     assert table["LoRA"] == [f"{3 * 16 * (2 * 256 + 2 * 192 + 3 * 448):,}"] * 2 == ["107,520"] * 2
@@ -195,13 +223,17 @@ def test_count_params_needs_no_weights(folder, capsys):
     assert table["total"] == ["1,108,736", "136,448"]
 
 
-def test_count_params_of_the_real_size_allocates_nothing(tmp_path, capsys):
-    """LLaVA-Med v1.5 as converted: CLIP ViT-L/14 at 336 pixels, Mistral 7B with 32,064 rows."""
+def test_check_of_the_real_size_allocates_nothing(folder, capsys):
+    """LLaVA-Med v1.5 as converted: CLIP ViT-L/14 at 336 pixels, Mistral 7B with 32,064 rows of embeddings."""
     text = {"model_type": "mistral", "vocab_size": 32064, "num_key_value_heads": 8, "sliding_window": None}
     vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336}
     vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
-    LlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
-    train_llava_med.main(["--model", str(tmp_path), "--count-params"])
+    LlavaConfig(text_config=text, vision_config=vision, image_token_index=600).save_pretrained(folder / "model")
+    path = folder / "model" / "preprocessor_config.json"
+    size = {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **size}))
+    (folder / "model" / "model.safetensors").unlink()
+    train_llava_med.main(["--model", str(folder / "model"), "--check"])
     table = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.split("\n") if line}
     assert table["LoRA"] == ["41,943,040"] * 2  # 32 x 16 x (2 x 8,192 + 2 x 5,120 + 3 x 18,432)
     assert table["multi_modal_projector"] == ["20,979,712"] * 2  # 1,024 x 4,096 + 4,096 + 4,096^2 + 4,096
@@ -211,20 +243,27 @@ def test_count_params_of_the_real_size_allocates_nothing(tmp_path, capsys):
     assert table["total"][1] == "62,922,752"
 
 
-def test_overfit_learns_rows_by_heart(demo_folder, tmp_path, capsys):
+def test_check_without_data_refuses_a_checkpoint_with_faults(folder):
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_index": 5, "image_token_id": 5}))
+    with pytest.raises(SystemExit, match="copy image_token_index from the original config"):
+        train_llava_med.main(["--model", str(folder / "model"), "--check"])
+
+
+def test_overfit_answers_every_example_right_or_exits_1(demo_folder, tmp_path, capsys):
     flags = ["--overfit", 8, "--tune", "full", "--lr", 2e-3, "--save-every", 1000, "--eval-every", 1000]
-    run(demo_folder, tmp_path, *flags, "--overfit-steps", 40)
+    run(demo_folder, tmp_path, *flags, "--max-steps", 40)
     assert "0 answers wrong (must be none)" in capsys.readouterr().out
     lines = read_lines(tmp_path / "overfit" / "predictions.jsonl")
     rows = read_lines(demo_folder / "data" / "train.jsonl")[:8]
     assert [(line["id"], line["prediction"]) for line in lines] == [(row["id"], row["answer"]) for row in rows]
     with pytest.raises(SystemExit) as caught:  # the second time it starts over, in too few steps
-        run(demo_folder, tmp_path, *flags, "--overfit-steps", 2, "--max-answer-tokens", 2)
+        run(demo_folder, tmp_path, *flags, "--max-steps", 2, "--max-answer-tokens", 2)
     assert caught.value.code == 1
 
 
-def test_the_trie_answers_with_candidates_only(demo_folder, trained, tmp_path):
-    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints" / "step-00000002", "--decode", "trie"]
+def test_constrained_answers_are_candidates_only(demo_folder, trained, tmp_path):
+    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints" / "step-00000002", "--decode", "constrained"]
     run(demo_folder, tmp_path, *flags, "--max-answer-tokens", 1)
     rows = {row["id"]: row for row in read_lines(demo_folder / "data" / "test.jsonl")}
     allowed = 0
@@ -234,25 +273,27 @@ def test_the_trie_answers_with_candidates_only(demo_folder, trained, tmp_path):
         assert candidates is None or prediction in candidates, (row, prediction)
         allowed += candidates is not None
     assert 5 < allowed < 24
-    free = [line["id"] for line in read_lines(tmp_path / "predictions.jsonl") if line["question_type"] == "open_ended"]
-    # others are answered freely, as without a trie: here to the first token
-    assert all(predictions(trained)[name].startswith(predictions(tmp_path)[name]) for name in free) and free
+    others = [
+        line["id"] for line in read_lines(tmp_path / "predictions.jsonl") if line["question_type"] == "open_ended"
+    ]
+    # others are answered greedily: here to the first token
+    assert all(predictions(trained)[name].startswith(predictions(tmp_path)[name]) for name in others) and others
 
 
-def test_scoring_writes_probabilities_that_sum_to_one(demo_folder, trained, tmp_path):
-    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints" / "step-00000002", "--decode", "score"]
+def test_ranking_writes_probabilities_that_sum_to_one(demo_folder, trained, tmp_path):
+    flags = [*SMALL, "--eval-only", "--resume", trained / "checkpoints" / "step-00000002", "--decode", "ranked"]
     run(demo_folder, tmp_path, *flags)
     rows = {row["id"]: row for row in read_lines(demo_folder / "data" / "test.jsonl")}
-    scored = [line for line in read_lines(tmp_path / "predictions.jsonl") if "probabilities" in line]
-    for line in scored:
+    ranked = [line for line in read_lines(tmp_path / "predictions.jsonl") if "probabilities" in line]
+    for line in ranked:
         row = rows[line["id"]]
         assert list(line["probabilities"]) == row.get("answer_candidates", ["yes", "no"])
         assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert line["probabilities"][line["prediction"]] == max(line["probabilities"].values())
-    kinds = {line["question_type"] for line in scored}
+    kinds = {line["question_type"] for line in ranked}
     assert "yes_no" in kinds and "open_ended" not in kinds
-    free = {i: p for i, p in predictions(trained).items() if i not in {line["id"] for line in scored}}
-    assert {i: predictions(tmp_path)[i] for i in free} == free
+    others = {i: p for i, p in predictions(trained).items() if i not in {line["id"] for line in ranked}}
+    assert {i: predictions(tmp_path)[i] for i in others} == others
 
 
 def test_sharing_the_prefix_changes_no_loss_and_no_answer(demo_folder, tmp_path):
@@ -266,17 +307,6 @@ def test_sharing_the_prefix_changes_no_loss_and_no_answer(demo_folder, tmp_path)
     first = [read_lines(out / "metrics.jsonl")[0] for out in (shared, single)]
     assert first[0]["trees"] < first[0]["questions"] and first[1]["trees"] == first[1]["questions"] == 12
     assert first[1]["tokens"] > 4 * first[0]["tokens"]
-
-
-def test_kept_sentinels_are_tokens_of_the_input_and_never_learned(demo_folder, trained, tmp_path):
-    run(demo_folder, tmp_path, *SMALL, "--sentinels", "keep")
-    kept, stripped = (json.loads((out / "check.json").read_text())["splits"]["train"] for out in (tmp_path, trained))
-    assert kept["learned_tokens"] == stripped["learned_tokens"]
-    assert kept["tokens"] >= stripped["tokens"] + 2 * 24  # at least a piece for each sentinel
-    assert len(predictions(tmp_path)) == 24
-    again = predictions(tmp_path)
-    run(demo_folder, tmp_path, *SMALL, "--eval-only")  # the checkpoint knows that they are kept
-    assert predictions(tmp_path) == again
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -383,15 +413,15 @@ def test_a_folder_that_is_not_there_is_refused(folder):
     assert refused(folder, folder / "run", *SMALL).startswith(f"--model {folder / 'model'}: no such folder")
 
 
-@pytest.mark.parametrize("mode", ["--check", "--count-params"])
+@pytest.mark.parametrize("mode", [["--check"], []], ids=["check", "training"])
 def test_the_original_llava_mistral_format_is_refused_with_the_reason(folder, mode):
     path = folder / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llava_mistral"}))
-    text = refused(folder, folder / "run", *SMALL, mode)
+    text = refused(folder, folder / "run", *SMALL, *mode)
     assert "model_type 'llava_mistral', not 'llava'" in text and "converted to transformers' format" in text
 
 
-def test_rows_longer_than_the_sliding_window_are_refused(folder):
+def test_packed_sequences_longer_than_the_sliding_window_are_refused(folder):
     path = folder / "model" / "config.json"
     config = json.loads(path.read_text())
     config["text_config"]["sliding_window"] = 300
@@ -441,22 +471,22 @@ def test_a_download_that_breaks_off_is_tried_again_then_checked_like_a_folder(de
         return str(demo_folder / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(runtime.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as on a compute node: trying again would not help
     with pytest.raises(SystemExit, match="connection reset"):
-        runtime.model_folder("organisation/llava")
+        folders.find("organisation/llava")
     assert len(tries) == 1
     tries.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert runtime.model_folder("organisation/llava") == demo_folder / "model"
+    assert folders.find("organisation/llava") == demo_folder / "model"
     assert tries == [("organisation/llava", True)] * 3
     with pytest.raises(SystemExit, match="no such folder"):
-        runtime.model_folder("runs/no/such/folder")
+        folders.find("runs/no/such/folder")
 
 
-@pytest.mark.parametrize("flag", ["--keep", "--save-every", "--eval-every", "--epochs", "--questions-per-step"])
+@pytest.mark.parametrize("flag", ["--limit", "--save-every", "--eval-every", "--epochs", "--questions-per-step"])
 def test_a_count_below_one_is_refused(demo_folder, tmp_path, capsys, flag):
-    """--keep 0 would keep everything, --save-every 0 divide by zero."""
+    """--save-every 0 would divide by zero, --limit 0 train on nothing."""
     with pytest.raises(SystemExit, match="2"):
         run(demo_folder, tmp_path, flag, 0)
     assert f"argument {flag}: 0 is not a positive number" in capsys.readouterr().err
