@@ -216,7 +216,7 @@ def test_an_example_longer_than_the_language_model_s_positions_is_refused_by_nam
     """GPT-2 has a table of positions: beyond its end there is none."""
     assert "faults" in refused(plain_folder, tmp_path, "--slow-grid", 11, "--check")
     failures = json.loads((tmp_path / "check.json").read_text())["failures"]
-    assert len(failures) == 40 and "520 of them its media's" in failures[0] and "has 512" in failures[0]
+    assert len(failures) == 40 and "520 of them of its media" in failures[0] and "has 512" in failures[0]
 
 
 @pytest.mark.parametrize("text", ["guarda <vid_patch>", "un <video> bello", "fine <|endoftext|>", "<ANS>sì</ANS>"])
@@ -502,7 +502,7 @@ def test_lora_is_for_language_models_with_linear_layers_and_gpt_2_is_told(plain_
     assert {name.split(".")[2] for name in names} == {"model", "projector", "fast_packer", "slow_packer"}
     gpt2 = pretrained(plain_folder, tmp_path / "gpt2")
     text = script_refused(gpt2, tmp_path / "no", *flags[:-6], *vision(gpt2), "--tune", "lora", script=script)
-    assert "matches no linear layer" in text and "--tune full" in text
+    assert "no linear layer matches" in text and "--tune full" in text
 
 
 @pytest.mark.parametrize("tune", ["lora", "projector"])
@@ -658,7 +658,7 @@ def test_a_conversation_becomes_an_example_for_each_answer_with_what_was_said_be
         ({"conversations": []}, "turns must alternate"),
         ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "Un cerchio."}]}, "<video> once"),
         ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
-        ({"video": None}, "<video> once and not otherwise"),
+        ({"video": None}, "<video> once where the entry names a video, and not otherwise"),
         ({"vidoe": "x"}, "did you mean 'video'"),
         ({"conversations": None}, "turns must alternate"),
         ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": ["a"]}]}, "must be a text"),
@@ -862,14 +862,14 @@ def test_a_saved_model_has_its_tower_and_layout_and_answers_the_same(plain_folde
     text = printed(
         lambda: run_script(again, tmp_path / "more", *SMALL[8:], "--max-steps", 1, "--lr", 1e-9, script=script)
     )
-    assert "slow_grid 2 (from " in text and "video tokens: 10 in each of" in text
+    assert "slow_grid 2 (from " in text and "10 positions a video" in text
     mine, theirs = (
         {r["id"]: r["prediction"] for r in read_lines(tmp_path / name / "predictions.jsonl")}
         for name in ("run", "more")
     )
     assert mine == theirs
-    assert "already has a tower" in script_refused(again, tmp_path / "x", *vision(plain_folder), script=script)
-    assert "was trained by this script" in script_refused(again, tmp_path / "x", "--from-scratch", script=script)
+    for flags in (vision(plain_folder), ["--from-scratch"]):
+        assert "was trained by this script: no" in script_refused(again, tmp_path / "x", *flags, script=script)
     # merged from the checkpoint it is the same, and answering takes the layout from there
     flags = ["--model", plain_folder / "model", *vision(plain_folder), "--from-scratch", "--out", tmp_path / "run"]
     script.main([str(flag) for flag in [*flags, "--merge", tmp_path / "merged"]])
