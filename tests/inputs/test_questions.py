@@ -190,13 +190,13 @@ def test_every_candidate_is_right_for_itself_only(question):
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the SurgViVQA annotations are not here")
 def test_types_of_the_real_surgical_questions():
     files = sorted(ANNOTATIONS.glob("*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    yes_no = [row for row in rows if row["short_answer"] in ("yes", "no")]
-    missed = {row["question"] for row in yes_no if question_type(row["question"]) != "yes_no"}
-    others = [row for row in rows if row["short_answer"] not in ("yes", "no")]
-    wrongly = {row["question"] for row in others if question_type(row["question"]) == "yes_no"}
+    lines = [json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()]
+    yes_no = [line for line in lines if line["short_answer"] in ("yes", "no")]
+    missed = {line["question"] for line in yes_no if question_type(line["question"]) != "yes_no"}
+    others = [line for line in lines if line["short_answer"] not in ("yes", "no")]
+    wrongly = {line["question"] for line in others if question_type(line["question"]) == "yes_no"}
     assert len(yes_no) > 2000 and not missed and not wrongly
-    for row in rows:
-        assert score_answer(row["short_answer"], row["short_answer"], question_type(row["question"]))["exact"]
-        candidates = answer_candidates(row["question"], question_type(row["question"]))
-        assert candidates is None or row["short_answer"] in candidates, row["question"]
+    for line in lines:
+        assert score_answer(line["short_answer"], line["short_answer"], question_type(line["question"]))["exact"]
+        candidates = answer_candidates(line["question"], question_type(line["question"]))
+        assert candidates is None or line["short_answer"] in candidates, line["question"]
