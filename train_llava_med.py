@@ -51,8 +51,8 @@ CHAT_TEMPLATE = (
 def parse_arguments(argv):
     parser = flags.shared(__doc__)
     add = parser.add_argument_group("EndoVis-18-VQA").add_argument
-    text = "the published split, with :Sentence the answers as sentences (default: none; this data needs it)"
-    add("--endovis", choices=layouts.ENDOVIS, help=text)
+    text = "published split: paper or sequence; with :Sentence answers are sentences (default: none)"
+    add("--endovis", choices=layouts.ENDOVIS, metavar="SPLIT", help=text)
     return flags.parse(parser, argv)
 
 

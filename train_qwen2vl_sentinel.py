@@ -55,9 +55,10 @@ OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels", "sentinels"]  # own f
 def parse_arguments(argv):
     parser = flags.shared(__doc__, decode="constrained")
     add = parser.add_argument_group("Qwen2-VL").add_argument
-    add("--min-pixels", type=flags.positive, help="smaller images are enlarged (default: the checkpoint's own)")
-    add("--max-pixels", type=flags.positive, help="larger images are reduced (default: the checkpoint's own)")
-    add("--lora-vision", action="store_true", help="adapters in the vision tower and its merger, too")
+    own = "(default: the checkpoint's own)"
+    add("--min-pixels", type=flags.positive, metavar="N", help=f"smaller images are enlarged to N pixels {own}")
+    add("--max-pixels", type=flags.positive, metavar="N", help=f"larger images are reduced to N pixels {own}")
+    add("--lora-vision", action="store_true", help="adapters in the vision tower and its merger, too (default: no)")
     keep = "keep: <ANS> stays in the model's input, as in the original recipe (default: strip)"
     add("--sentinels", choices=["strip", "keep"], default="strip", help=keep)
     args = flags.parse(parser, argv)
