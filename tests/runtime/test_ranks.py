@@ -326,7 +326,7 @@ def test_what_ranks_say_to_each_other_arrives():
 
 
 def test_a_rank_with_a_recording_and_one_without_train_as_one(video_folder, tmp_path):
-    """With --question both an example without a recording is asked in writing: its rank has no use for the projector."""
+    """With --question both an example without a recording is asked in writing: its rank needs no projector."""
     shutil.copytree(video_folder, tmp_path / "demo")
     silent = set()
     for split, name in (("train", "train"), ("val", "eval"), ("test", "test")):
