@@ -69,8 +69,8 @@ def parse_arguments(argv):
     add = parser.add_argument_group("clips and recordings").add_argument
     what = "Whisper folder or hub ID, whose encoder is grafted on (default: none, or --model's own)"
     add("--audio-model", metavar="MODEL", help=what)
-    what = "how it is asked (default: audio; text without Whisper)"
-    add("--question", choices=["text", "audio", "both"], metavar="HOW", help=f"text, audio or both: {what}")
+    what = "text, audio or both: how it is asked (default: audio; text without Whisper)"
+    add("--question", choices=["text", "audio", "both"], metavar="HOW", help=what)
     what = "answer or short_answer: the field that is supervised (default: answer)"
     add("--target", choices=["answer", "short_answer"], default="answer", metavar="FIELD", help=what)
     add("--frames", type=flags.positive, default=8, metavar="N", help="most frames of a training clip (default: 8)")
@@ -347,7 +347,7 @@ def graft(vlm: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGenerati
 
 
 def meta_model(folder: Path, args) -> Qwen2VLForConditionalGeneration:
-    """The model from its configuration alone, without weights: to count parameters and M-RoPE positions."""
+    """The model from its configuration alone, without weights: for its M-RoPE positions."""
     with torch.device("meta"):
         return graft(Qwen2VLForConditionalGeneration(read_config(folder, args)))
 

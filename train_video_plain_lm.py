@@ -36,7 +36,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import common
 from common import Prompt
-from inputs import data_check, features, images, layouts, questions, videos
+from inputs import data_check, images, layouts, questions, videos
+from inputs.features import Cache, Video
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, captions, results, scoring
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
@@ -79,9 +80,8 @@ def parse_arguments(argv):
         add(f"--{path}-grid", type=flags.positive, default=grid, metavar="N", help=grid_help)
     what = "a position looks at its window of patches, or is its mean (default: attention)"
     add("--packer", choices=["attention", "pool"], default="attention", help=what)
-    add(
-        "--cache-features", metavar="DIR", help="keep the tower's features there: each video is read once (default: no)"
-    )
+    what = "keep the tower's features there, so that it reads each video once (default: nowhere)"
+    add("--cache-features", metavar="DIR", help=what)
     parser.set_defaults(vision_weights=None)
     args = flags.parse(parser, argv)
     if args.from_scratch and args.tune != "full":
@@ -117,7 +117,7 @@ def make_example(data: Path, args, where: str, split: str | None, entry: dict) -
     files, count = videos.find(data, video, args.fast_frames, args.slow_frames) if video else ([], None)
     group = named(entry, "group", video or name)  # videos of one procedure or patient; else the video
     entry = questions.composed(entry)  # é is one character or two: one, so that a word has one spelling
-    said = [text for turn in entry.get("history", []) for text in turn]  # all that was said before is read
+    said = [text for turn in entry.get("history") or [] for text in turn]  # all that was said before is read
     question = "\n".join(filter(None, [*said, (entry.get("question") or "").strip()]))
     return Clip(
         where=where,
@@ -150,7 +150,7 @@ class VideoTask(Task):
         self.ids = {token: common.single_token_id(self.tokenizer, token) for token in (VIDEO, *VIDEO_TOKENS)}
         self.bos = self.tokenizer.bos_token or self.tokenizer.eos_token  # what every text begins with
         self.processor = images.processor(Path(args.vision_model) if args.vision_model else folder)
-        self.cache = features.Cache(args.cache_features if args.blind != "blank" else None, self.processor)
+        self.cache = Cache(args.cache_features if args.blind != "blank" else None, self.processor)
         self.patches = images.patches(self.processor, config.vision_config["patch_size"])  # rows, columns; printed
         self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         fast, slow = args.fast_frames * args.fast_grid**2, args.slow_frames * args.slow_grid**2
@@ -274,7 +274,7 @@ class VideoPlainLM(nn.Module):
         return self.vlm.get_output_embeddings()(hidden)
 
     @torch.no_grad()
-    def patch_features(self, video: features.Video) -> torch.Tensor:
+    def patch_features(self, video: Video) -> torch.Tensor:
         """(frames, patches, width of the tower), from the cache, or by the tower, which then fills it.
 
         A video at a time: then the values do not depend on what else is in the sequence, and the cache changes nothing.
@@ -288,7 +288,7 @@ class VideoPlainLM(nn.Module):
         video.keep(features)
         return features
 
-    def video_features(self, shown: list[features.Video]) -> torch.Tensor:
+    def video_features(self, shown: list[Video]) -> torch.Tensor:
         """All videos of a sequence -> (positions, width of the LM): of each the fast path, then the slow one."""
         features = torch.cat([self.patch_features(video) for video in shown])  # (frames of all videos, patches, …)
         patches = self.vlm.projector(features).unflatten(1, self.patches)  # (frames, rows, columns, width of the LM)
