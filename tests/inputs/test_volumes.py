@@ -242,3 +242,10 @@ def test_a_series_with_a_frame_missing_is_refused(tmp_path, series):
         files_of(tmp_path, "frames")
     (tmp_path / "frames/frame_11.npy").rename(tmp_path / "frames/frame_7.npy")
     assert len(files_of(tmp_path, "frames")) == 11  # complete, though not twelve
+
+
+@pytest.mark.parametrize("name", ["keys", "forward", "training"])
+def test_a_modality_has_no_name_that_modules_use_themselves(name):
+    """Its embedding is found in an nn.ModuleDict by that name."""
+    with pytest.raises(ValueError, match=f"'{name}:8x8x8:4x4x4' is no NAME:SIZE:PATCH"):
+        Modality.read(f"{name}:8x8x8:4x4x4")
