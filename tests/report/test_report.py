@@ -152,6 +152,14 @@ def test_runs_that_differ_in_their_seed_alone_are_aggregated():
 # --- predictions of others -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def real_questions():
+    """The real test questions."""
+    if not ANNOTATIONS.is_dir():
+        pytest.skip("the SurgViVQA annotations are not here")
+    return predictions.read_examples(ANNOTATIONS / "test_multivideo.jsonl", "test")
+
+
 @pytest.fixture
 def published(tmp_path):
     """The real test questions with answers of an imagined system, in the form in which such files are published."""
@@ -188,30 +196,28 @@ def test_a_published_predictions_file_gets_its_baselines_and_clustered_intervals
     assert "scope_forward_motion" in page and (published / "out/results.json").is_file()
 
 
-def test_what_a_predictions_file_has_wrong_is_named(published):
+def test_what_a_predictions_file_has_wrong_is_named(published, real_questions):
     path = published / "predictions.jsonl"
     lines = read_lines(path)
+
+    def refused(changed: list[dict]) -> str:
+        write_jsonl(path, changed)
+        with pytest.raises(SystemExit) as caught:
+            predictions.read_predictions(path, real_questions, [], {})
+        return str(caught.value)
+
+    text = refused([*lines, lines[3], {**lines[0], "question_id": "qa_9"}])
+    assert f"predictions.jsonl:1001 (id {lines[3]['question_id']}): answered twice" in text
+    assert "predictions.jsonl:1002 (id qa_9): no example of --test has this ID" in text
+    text = refused([{**lines[0], "predicted_answer": ["no"]}, {**lines[1], "question_id": None}])
+    assert "the prediction must be a text or null: ['no']" in text and "(id None): no example" in text
+    assert "the file holds no examples" in refused([])
     renamed = [{"qid": line["question_id"], "said": line["predicted_answer"]} for line in lines]
-    write_jsonl(path, renamed)
-    with pytest.raises(SystemExit, match=r"predictions.jsonl:1: no field id or question_id; name it with --fields id="):
-        of_others(published)
+    text = refused(renamed)
+    assert "predictions.jsonl:1: no field id or question_id; name it with --fields id=" in text
     assert of_others(published, "--fields", "id=qid,prediction=said")["runs"][0]["n"] == 1000
     with pytest.raises(SystemExit, match="'answer' is none of id, prediction"):
-        of_others(published, "--fields", "answer=said")
-    write_jsonl(path, [*lines, lines[3], {**lines[0], "question_id": "qa_9"}])
-    with pytest.raises(SystemExit) as caught:
-        of_others(published)
-    assert f"predictions.jsonl:1001 (id {lines[3]['question_id']}): answered twice" in str(caught.value)
-    assert "predictions.jsonl:1002 (id qa_9): no example of --test has this ID" in str(caught.value)
-    write_jsonl(path, [{**lines[0], "predicted_answer": ["no"]}, {**lines[1], "question_id": None}])
-    with pytest.raises(SystemExit) as caught:
-        of_others(published)
-    assert "the prediction must be a text or null: ['no']" in str(caught.value) and "(id None): no example" in str(
-        caught.value
-    )
-    path.write_text("")
-    with pytest.raises(SystemExit, match="the file holds no examples"):
-        of_others(published)
+        predictions.read_fields("answer=said")
     path.unlink()
     with pytest.raises(SystemExit, match="no such file"):
         of_others(published)
@@ -227,13 +233,16 @@ def test_test_examples_of_one_id_or_without_an_answer_are_refused(tmp_path):
     assert "test.jsonl:3 (id a): the answer is empty or no text (None)" in text and "(['x'])" in text
 
 
-def test_examples_without_a_prediction_count_as_wrong(published):
-    lines = read_lines(published / "predictions.jsonl")
-    everything = of_others(published)["runs"][0]["micro"]["exact"]
+def test_examples_without_a_prediction_count_as_wrong(published, real_questions):
+    path = published / "predictions.jsonl"
+    lines = read_lines(path)
+    everything = predictions.read_predictions(path, real_questions, [], {})["records"]
     right = [line for line in lines if line["predicted_answer"] == line["ground_truth"]]
-    write_jsonl(published / "predictions.jsonl", right)
-    found = of_others(published)["runs"][0]
-    assert found["n"] == 1000 and len(right) / 1000 <= found["micro"]["exact"] <= everything
+    write_jsonl(path, right)
+    found = predictions.read_predictions(path, real_questions, [], {})
+    assert len(found["records"]) == 1000
+    correct = [sum(record["correct"] for record in records) for records in (found["records"], everything)]
+    assert len(right) <= correct[0] <= correct[1]
     assert f"{1000 - len(right)} of 1000 examples have no prediction" in found["notes"][0]
 
 
