@@ -253,6 +253,15 @@ def test_logits_are_made_for_one_position_a_question(data, monkeypatch):
     assert sum(n for n in lengths if n > 100) > 20 * 150
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_frozen_tower_has_no_dropout_and_a_trained_one_has(data, tune):
+    model = load(data, tune=tune).train()
+    assert model.vlm.model.language_model.training and model.vlm.audio_projector.training
+    for tower in (model.vlm.model.visual, model.vlm.audio_tower):
+        assert {module.training for module in tower.modules()} == {tune == "full"}
+    assert not any(module.training for module in model.eval().modules())
+
+
 # --- the graft -------------------------------------------------------------------------------------------------
 
 

@@ -374,6 +374,12 @@ def test_the_tower_is_never_trained_and_all_else_is(plain_folder, tmp_path):
     assert all(torch.equal(saved[f"vision_tower.{k}"], t) for k, t in original.items())
 
 
+def test_the_tower_has_no_dropout_while_all_else_is_trained(little):
+    model = load(little).train()
+    assert {module.training for module in model.vlm.vision_tower.modules()} == {False}
+    assert model.vlm.transformer.training and model.vlm.projector.training and model.vlm.slow_packer.training
+
+
 def test_projector_alone_leaves_the_language_model_as_it_was(plain_folder, tmp_path):
     folder = pretrained(plain_folder, tmp_path)
     flags = [*SMALL, *vision(folder), "--questions-per-step", 1, "--tune", "projector"]  # steps of a text alone, too
