@@ -242,6 +242,15 @@ def test_plan_depends_on_seed_and_epoch_alone():
     assert len({str(order) for seed in range(3) for order in epochs(seed)}) == 9
 
 
+def test_every_epoch_is_drawn_from_the_order_of_the_data():
+    trees = [tree(3, 2, name=str(n)) for n in range(30)]
+    planned = [t.ids for step in steps_of(trees, 8, seed=7, epochs=3) for t in step]
+    for epoch in range(3):
+        drawn = [t.ids for t in trees]
+        random.Random(f"7 {epoch}").shuffle(drawn)
+        assert planned[30 * epoch : 30 * (epoch + 1)] == drawn
+
+
 def test_a_plan_that_is_cut_is_the_beginning_of_the_other():
     trees = random_trees(0, 30)
     complete = ids(steps_of(trees, 8, epochs=3))
