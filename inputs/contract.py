@@ -51,6 +51,7 @@ class Contract:
     def __init__(self, script: Path, flags: list[str], folder: Path):
         self.script, self.flags, self.folder, self.seen = script, flags, folder, SimpleNamespace()
         self.out = sys.stdout  # what the script prints goes elsewhere
+        self.before, self.logits = {}, None  # digests of all tensors, and logits, before and after training
 
     def holds(self) -> bool:
         """Test all points in order, each with a line; the first that is broken ends it."""
@@ -148,6 +149,8 @@ class Contract:
         self.say("packing", f"packed equals unpacked: loss to {loss:.0e}, gradients to {gradients:.0e}")
 
     def compare_training(self) -> None:
+        if not self.before:
+            raise not_called("training", "place")
         vlm, after = self.seen.model.vlm, digests(self.seen.model.vlm)
         trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad}
         changed = {name for name in after if after[name] != self.before[name]}
@@ -174,10 +177,10 @@ class Contract:
         return self.seen.examples, self.seen.trees
 
     def chosen(self) -> list[str]:
-        """IDs of a few training examples, of each kind one (such as the same modalities), then the first."""
-        train, seen = self.seen.examples["train"], self.seen
-        kinds = {seen.task.kind(example): example.id for example in reversed(train)}
-        return list(dict.fromkeys([*kinds.values(), *(example.id for example in train[:FEW])]))[:FEW]
+        """IDs of a few training examples: of each kind one (such as the same modalities), then two of each tree."""
+        kinds = {self.seen.task.kind(e): e.id for e in reversed(self.seen.examples["train"])}
+        pairs = [name for tree in self.seen.trees["train"][:FEW] for name in tree.ids[:2]]
+        return list(dict.fromkeys([*kinds.values(), *pairs]))[:FEW]
 
     def some(self) -> list:
         return self.seen.trees["train"][:3]
@@ -205,8 +208,11 @@ class Contract:
             except Exception:
                 raise Broken(point, f"{' '.join(argv)}\n{traceback.format_exc()}") from None
         if watched.keys() - called:
-            name = min(watched.keys() - called)
-            raise Broken(point, f"main() of the script does not call {PLACES[name].__name__}.{name}, as the others do")
+            raise not_called(point, min(watched.keys() - called))
+
+
+def not_called(point: str, name: str) -> Broken:
+    return Broken(point, f"main() does not call {PLACES[name].__name__}.{name}, as every script does")
 
 
 PLACES = {"check": data_check, "place": shards, "write_final": models, "count": models}

@@ -149,6 +149,17 @@ class Task:
         report                      what was found in them: JSON-like, for check.json and results.json
 
     `example` is an Example or the script's subclass of it, `data` the Path of --data, `trees` a list of common.Prompt.
+
+    The model that the script's load_model(folder, task, dtype) returns is an nn.Module that has
+
+        vlm                         transformers' model: its parameters are trained, saved and merged
+        decoder                     its language model without the head, which is called with inputs_embeds
+        lm_head(hidden)             logits
+        hidden(input_ids, position_ids, mask, cache=None, media=None)
+                                    last hidden states (1, T, width); `media` is a batch, or None once media are cached
+        forward(batch)              (loss summed over the supervised tokens, their number)
+
+    python -m inputs.contract SCRIPT.py … puts both to the test.
     """
 
     remedy = ""  # what else than raising --pack-tokens helps where an example is too long, such as "lower --frames"
