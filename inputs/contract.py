@@ -159,9 +159,8 @@ class Contract:
         if trained - changed:
             text = f"trained, but three steps do not change it: {some_of(trained - changed)}"
             raise Broken("training", f"{text}. The model does not read it, or it is cut off from the loss")
-        self.say(
-            "training", f"steps change all {len(trained)} trained tensors, and none of {len(after) - len(trained)}"
-        )
+        frozen = len(after) - len(trained)
+        self.say("training", f"steps change all {len(trained)} trained tensors, and none of {frozen} others")
 
     def same_logits(self, point: str, found: torch.Tensor, text: str) -> None:
         difference = float((found - self.logits).abs().max() / self.logits.abs().max().clamp(min=1.0))
