@@ -149,8 +149,8 @@ def surgvivqa_entry(data: Path, file: str, entry: dict) -> dict:
     if isinstance(frames, list) and all(isinstance(frame, str) and frame for frame in frames):  # else refused later
         found["frames"] = [with_suffix(data, f"frames/{video}/{frame}", FRAMES) for frame in frames]
     if entry.get("audio") in (None, ""):
-        whole = file.removesuffix(".jsonl")
-        folders = [f"audio/{whole.partition('_')[0]}", f"audio/{whole}"]
+        stem = file.removesuffix(".jsonl")
+        folders = [f"audio/{stem.partition('_')[0]}", f"audio/{stem}"]
         folder = next((folder for folder in folders if (data / folder).is_dir()), folders[0])
         found["audio"] = with_suffix(data, f"{folder}/{name}", RECORDINGS)
     return found

@@ -49,7 +49,7 @@ def llava(where: str, entry: dict, mark: str, field: str | None):
         if several:
             name = named(entry, "id", where)
             found["id"] = f"{name}.{number}"
-        if several and field:  # in one group, because later turns tell what was said in the earlier ones
+        if several and field:  # in one group, because later turns repeat what earlier ones have answered
             found["group"] = named(entry, "group", named(entry, field, name))
         yield (f"{where} turn {number}" if several else where), found
         history.append((question.strip(), answer.strip()))
