@@ -69,7 +69,7 @@ def check_of(out: Path) -> dict:
     return json.loads((out / "check.json").read_text())
 
 
-# --- one text, one direction -----------------------------------------------------------------------------------
+# --- one text --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", ["learning_rate", "train"])
@@ -78,25 +78,6 @@ def test_the_training_loop_is_one_text_in_the_five_scripts(function):
     texts = {inspect.getsource(getattr(load(name), function)) for name in FOLDERS}
     assert len(texts) == 1
     assert len(texts.pop().splitlines()) < 65  # on one screen
-
-
-def test_no_test_reads_scripts_that_are_not_named():
-    for path in (HERE / "tests").rglob("*.py"):
-        assert not re.search(r"glob\(\W*train_", path.read_text()), f"{path}: would look at copied scripts, too"
-
-
-def imported(module: ast.Module) -> set[str]:
-    """The first names of all that a module imports, wherever it does so."""
-    names = [alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "" for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
-    return {name.split(".")[0] for name in names}
-
-
-def test_no_script_imports_another_and_no_shared_module_a_script():
-    for name in FOLDERS:
-        assert not {other for other in imported(tree(name)) if other.startswith("train_")}
-    for path in SHARED:
-        assert not {other for other in imported(ast.parse(path.read_text())) if other.startswith("train_")}, path
 
 
 def test_scripts_name_no_private_thing_of_a_shared_module():
@@ -203,18 +184,6 @@ def help_of(script) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         script.parse_arguments(["--help"])
     return printed.getvalue()
-
-
-# --- what is printed -------------------------------------------------------------------------------------------
-
-
-def test_few_lines_before_the_first_step_and_none_too_long(each, tmp_path, capsys):
-    run(each.folder, tmp_path, *each.flags, *SMALL, script=each.script)
-    lines = capsys.readouterr().out.split("\n")
-    before = lines[: next(i for i, line in enumerate(lines) if line.startswith("step 00001"))]
-    assert len(before) <= 25, "\n".join(before)
-    assert max(map(len, lines)) <= 200, max(lines, key=len)
-    assert "\x1b" not in "".join(lines)  # no colours where there is no terminal
 
 
 # --- checkpoints: every weight is the folder's own, and so is the template -------------------------------------
