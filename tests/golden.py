@@ -5,6 +5,9 @@
 
 Each script runs on a tiny demo, undisturbed, stopped by a signal in the middle and resumed, with full tuning, and
 merged. Compared are metrics without times, trained tensors, checkpoints, predictions, and the merged folder.
+
+What differs by intent, in no case here: the surgical script chooses frames by the video script's rule, i * (n - 1) /
+(k - 1), where the first version's i * ((n - 1) / (k - 1)) rounded some true halves up: one frame of 15 of 30.
 """
 
 import json
