@@ -39,6 +39,7 @@ def find(data: Path, name: str) -> str:
 def open_image(data: Path, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a JPEG or PNG of the data folder completely, as RGB. Raises ValueError that names the file and fault."""
     path = inside(data, name)
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would warn first, and have another message
     try:
         with Image.open(path, formats=["JPEG", "PNG"]) as image:
             if image.width * image.height > max_pixels:

@@ -14,6 +14,8 @@ import pytest
 from copies import HOUSE, few_images, write_smolvlm
 from transformers import SmolVLMForConditionalGeneration
 
+from inputs import contract
+
 PAGE = (HOUSE / "docs" / "new_model.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)
 
@@ -41,11 +43,12 @@ def follow(copy, demo_folder, monkeypatch, capsys):
     def run(command: str, *flags: str) -> str:
         _, *words = command.split()
         module, words = (words[1], words[2:]) if words[0] == "-m" else (None, words)
+        assert module in (None, "inputs.contract")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         monkeypatch.setattr(sys, "argv", [*([module] if module else []), *words, *flags])
         capsys.readouterr()
         try:
-            runpy.run_module(module, run_name="__main__") if module else runpy.run_path(words[0], run_name="__main__")
+            contract.main(sys.argv[1:]) if module else runpy.run_path(words[0], run_name="__main__")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
