@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -46,12 +47,17 @@ def load(name: str):
     return importlib.import_module(f"train_{name}")
 
 
-@pytest.fixture(params=FOLDERS)
+@pytest.fixture(params=FOLDERS, scope="module")
 def each(request):
     """Every script in turn: its module, its demo's folder, the flags that it needs."""
     folder = request.getfixturevalue(FOLDERS[request.param])
     flags = FLAGS[request.param].replace("DEMO", str(folder)).split()
     return SimpleNamespace(name=request.param, script=load(request.param), folder=folder, flags=flags)
+
+
+@pytest.fixture(scope="module")
+def data(each):
+    return load_demo(each.folder, each.script, *each.flags)
 
 
 @pytest.fixture(params=["llava_med", "qwen2vl_sentinel"])
@@ -125,9 +131,8 @@ def test_a_task_gives_what_it_must_and_changes_only_what_it_may(each):
     assert task.__doc__ and all(inspect.getdoc(value) for value in (task.encode, task.placeholders, task.read_media))
 
 
-def test_a_task_counts_what_it_encodes(each):
+def test_a_task_counts_what_it_encodes(data):
     """The prefix holds every placeholder, as many as are declared, and no branch holds one."""
-    data = load_demo(each.folder, each.script, *each.flags)
     for example in data.examples[:20]:
         prefix, input_ids, labels = data.task.encode(example, example.answer)
         assert len(input_ids) == len(labels)
@@ -135,33 +140,31 @@ def test_a_task_counts_what_it_encodes(each):
             assert prefix.count(token) == count and token not in input_ids
 
 
-def test_a_frozen_tower_is_in_evaluation_mode_and_a_trained_one_is_not(each):
-    """Dropout in a frozen tower would only be noise; the demos' towers have none, so that no figure shows it."""
-    data = load_demo(each.folder, each.script, *each.flags)
-    torch.manual_seed(0)
+def test_nothing_is_dropped_in_a_frozen_tower(each, data):
+    """That would only be noise; the demos' towers have no dropout, so that no figure shows it."""
     model = each.script.load_model(each.folder / "model", data.task, torch.float32).train()
     towers = {name: module for name, module in model.named_modules() if re.search(r"(visual|_tower)$", name)}
     assert towers and model.training and model.decoder.training
     for name, tower in towers.items():
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            continue
-        dropping = [n for n, m in tower.named_modules() if m.training and getattr(m, "p", dropout_of(m))]
-        assert dropping == [], f"dropout in {name}, which is frozen"
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            assert [n for n, module in tower.named_modules() if drops(module)] == [], f"dropout in {name}"
     assert not any(module.training for module in model.eval().modules())
 
 
-def dropout_of(module) -> float:
-    """What an attention drops, which is not a module of its own."""
-    return float(getattr(module, "dropout", 0) if isinstance(getattr(module, "dropout", 0), float) else 0)
+def drops(module) -> bool:
+    """A dropout, or an attention, whose dropout is a number and not a module of its own."""
+    shares = getattr(module, "p", 0), getattr(module, "dropout", 0)
+    return module.training and any(isinstance(share, float) and share > 0 for share in shares)
 
 
-@pytest.mark.parametrize("flags, trains", [([], False), (["--tune", "full"], True)])
-@pytest.mark.parametrize("name, tower", [("llava_med", "model.vision_tower"), ("qwen2vl_sentinel", "model.visual")])
-def test_a_tower_of_images_follows_what_is_trained(request, name, tower, flags, trains):
-    script, folder = load(name), request.getfixturevalue(FOLDERS[name])
-    data = load_demo(folder, script, *flags)
-    model = script.load_model(folder / "model", data.task, torch.float32)
-    assert {module.training for module in model.train().vlm.get_submodule(tower).modules()} == {trains}
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("each", ["llava_med", "qwen2vl_sentinel"], indirect=True)
+def test_a_tower_of_images_is_in_training_mode_where_it_is_trained(each, data, tune):
+    tower = {"llava_med": "model.vision_tower", "qwen2vl_sentinel": "model.visual"}[each.name]
+    task = copy.copy(data.task)
+    task.args = SimpleNamespace(**{**vars(data.args), "tune": tune})
+    model = each.script.load_model(each.folder / "model", task, torch.float32)
+    assert {module.training for module in model.train().vlm.get_submodule(tower).modules()} == {tune == "full"}
     assert not any(module.training for module in model.eval().modules())
 
 
