@@ -55,7 +55,7 @@ def main() -> None:
             sound.read = read
             if name == "silence":  # no file may hold it: it would be refused
                 sound.read = lambda data, name, samples=None: np.zeros_like(read(data, name, samples))
-            flags = ["--eval-only", "--resume", checkpoint, "--eval-frames", args.eval_frames]
+            flags = ["--eval-only", "--no-report", "--resume", checkpoint, "--eval-frames", args.eval_frames]
             flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
             script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])
             results[name] = json.loads((Path(folder) / "run/results.json").read_text())

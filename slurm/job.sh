@@ -51,8 +51,8 @@ srun --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL bash -c 
     echo "rank $RANK of $WORLD_SIZE on $(hostname)"
     exec "$@"' rank "${command[@]}" || code=$? # the largest of all ranks
 
-# 85 is runtime.signals.EXIT_STOPPED: a signal came, the last step is saved. A job that can never end, because answering takes
-# longer than the time limit, is not restarted for ever.
+# 85 is runtime.signals.EXIT_STOPPED: a signal came, the last step is saved. A job that can never end, because
+# answering takes longer than the time limit, is not restarted for ever.
 if [ "$code" = 85 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
     echo "code 85: back into the queue"
     scontrol requeue "$job" || echo "scontrol requeue failed: submit the same command again"
