@@ -253,7 +253,10 @@ def test_a_fault_in_the_data_is_listed_once(demo_folder, tmp_path):
         name.write_bytes(b"")
     codes, texts = ended(start(arguments(tmp_path, tmp_path / "run")))
     assert codes == [1, 1]
-    assert all(texts[0].count(f"images/{name.name} cannot be read") for name in names)
+    faults = [line for line in texts[0].splitlines() if line.startswith("fault")]
+    assert len(faults) == 1 and "cannot be read" in faults[0]  # one cause
+    failures = json.loads((tmp_path / "run" / "check.json").read_text())["failures"]
+    assert all(any(f"images/{name.name} cannot be read" in failure for failure in failures) for name in names)
     assert "faults, listed in" in texts[0] and texts[1].strip() == ""
 
 

@@ -451,8 +451,9 @@ def test_ten_bad_images_in_a_thousand_are_all_listed_and_exactly_those_left_out(
 
     rows = [{"id": f"r{i}", "image": name, "question": "Is it red?", "answer": "no"} for i, name in enumerate(names)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(train_llava_med, "load_model", None)  # before step 0, and before weights are read
-    assert refused(tmp_path, tmp_path / "run").startswith("10 faults, listed in ")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_llava_med, "load_model", None)  # before step 0, and before weights are read
+        assert refused(tmp_path, tmp_path / "run").startswith("10 faults, listed in ")
     failures = json.loads((tmp_path / "run" / "check.json").read_text())["failures"]
     for i, text, fault in zip(
         bad, said, sorted(failures, key=lambda f: int(f.split(":")[1].split(" ")[0])), strict=True
