@@ -1,50 +1,41 @@
 """Honest numbers from runs, and a page to look at; the leakage check of a data folder; the audit of a scorer.
 
     python -m report RUN [RUN ...]                                     # run folders of one or several scripts
-    python -m report RUN --blind-runs                                  # and the same model without seeing anything
     python -m report --predictions FILE --train TRAIN.jsonl --test TEST.jsonl      # anybody's answers
     python -m report --data DIR                                        # the leakage check
 
 Written are report.html (one file, no network), results.json, and the figures as SVG and PNG, into --out: of a single
-run RUN/report. Every script writes it after answering; leakage check and audit run before every training.
+run RUN/report. Every script writes it after answering; leakage check and audit run before every training. What a
+script has answered with --eval-only --blind blank and --blind shuffled stands beside.
 """
 
 import argparse
 from pathlib import Path
 
 from inputs import layouts
-from report import examples, leakage, predictions, rerun, scoring, write
+from report import examples, leakage, predictions, scoring, write
 from report.audit import audit_scorer, print_audit, read_synonyms
 from report.read import read_run
 from runtime.files import write_json
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m report", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN/report; of several runs required)")
-    parser.add_argument("--blind-runs", action="store_true", help="let each run's script answer without seeing, too")
     parser.add_argument("--predictions", type=Path, help="predictions of another program, JSON lines")
     parser.add_argument("--test", type=Path, help="the examples they answer, in any layout that the scripts read")
     parser.add_argument("--train", type=Path, help="the training examples: without them there are no blind baselines")
     parser.add_argument("--fields", default="", metavar="NAME=THEIRS,…", help="fields of --predictions: id, prediction")
-    parser.add_argument(
-        "--synonyms", type=Path, help="answers that the audit may find right for each other, a line each"
-    )
+    parser.add_argument("--synonyms", type=Path, help="answers that the audit may find right for each other, by line")
     parser.add_argument("--data", type=Path, help="data folder: the leakage check alone")
     parser.add_argument("--endovis", choices=layouts.ENDOVIS, help="the published split of --data's EndoVis-18-VQA")
     args = parser.parse_args(argv)
-    if (args.data is not None) + bool(args.runs) + (args.predictions is not None) != 1:
+    if sum(map(bool, (args.runs, args.predictions, args.data))) != 1:
         parser.error("give run folders, or --predictions, or --data")
     if args.predictions and not args.test:
         parser.error("--predictions needs --test, the examples that they answer")
-    if args.blind_runs and not args.runs:
-        parser.error("--blind-runs needs run folders, whose models are at hand")
     if not args.data and not args.out:
         if len(args.runs) != 1:
             parser.error("--out required")
@@ -52,19 +43,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_data(data: Path, endovis: str | None, out: Path | None) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """The leakage check of a data folder; exits with 1 where there are findings or faults."""
-    found, problems = examples.read(data, endovis=endovis)
+    found, problems = examples.read(args.data, endovis=args.endovis)
     for problem in problems:
         print(f"fault: {problem}")
-    result = leakage.check(data, found)
+    result = leakage.check(args.data, found)
     leakage.print_result(result)
-    if out:
-        write_json(out / "results.json", {"leakage": result, "faults": list(map(str, problems))})
+    if args.out:
+        write_json(args.out / "results.json", {"leakage": result, "faults": list(map(str, problems))})
     raise SystemExit(1 if result["findings"] or problems else 0)
 
 
-def read_answers(args: argparse.Namespace) -> tuple[list[dict], dict]:
+def read_answers(args: argparse.Namespace) -> tuple[dict, dict]:
     """--predictions as a run, and the audit of the project's scorer on these examples."""
     test = predictions.read_examples(args.test, "test")
     train = predictions.read_examples(args.train, "train") if args.train else []
@@ -73,22 +64,20 @@ def read_answers(args: argparse.Namespace) -> tuple[list[dict], dict]:
     audit = audit_scorer(lambda said, example: scoring.score(said, example)["exact"], test + train, synonyms)
     found = leakage.check(args.test.parent, train + test)
     leakage.print_result(found)
-    return [{**run, "data": args.test.parent, "split": "test", "leakage": found}], audit
+    return {**run, "data": args.test.parent, "split": "test", "leakage": found}, audit
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.data:
-        check_data(args.data, args.endovis, args.out)
+        check_data(args)
     if args.predictions:
-        runs, audit = read_answers(args)
+        run, audit = read_answers(args)
+        runs = [run]
     else:
         runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
-        for run in runs if args.blind_runs else []:
-            rerun.start_blind_runs(run)
         audit = write.worst(runs)
-    result = write.write(runs, args.out, audit)
-    write.print_result(result)
+    write.print_result(write.write(runs, args.out, audit))
     if audit is None:
         print("scorer: not audited by this run's script; its --check does that")
     else:

@@ -1,12 +1,13 @@
-"""Runs against each other: paired over the questions that both answer, and over seeds."""
+"""Runs against each other: paired over the questions that both answer, over seeds, and against their blind runs."""
 
 import json
 from collections import defaultdict
 
 import numpy as np
 
-from report.figures import clips
+from report.figures import resampled, summarise_run
 from report.intervals import clustered_interval
+from report.read import ANSWERED, read_or_empty, read_records
 
 
 def compare(a: dict, b: dict) -> dict | None:
@@ -16,20 +17,16 @@ def compare(a: dict, b: dict) -> dict | None:
     pairs = [(r, other) for r, other in pairs if (r["question"], r["answer"]) == (other["question"], other["answer"])]
     if not pairs:
         return None
-    mine = [record for record, _ in pairs]
-    groups = [record["group"] for record in mine]
-    groups = clips(mine) if len(set(groups)) == 1 else groups
+    mine = resampled([record for record, _ in pairs])
 
-    def difference(chosen: list[int]) -> dict:
+    def difference(kind: str | None = None) -> dict:
+        chosen = [i for i, record in enumerate(mine) if kind in (None, record["question_type"])]
         values = [pairs[i][0]["correct"] - pairs[i][1]["correct"] for i in chosen]
-        interval = clustered_interval(values, [groups[i] for i in chosen], lowest=-1.0)
+        interval = clustered_interval(values, [mine[i]["group"] for i in chosen], lowest=-1.0)
         return {"n": len(values), "difference": float(np.mean(values)), "interval": interval}
 
-    by_type = defaultdict(list)
-    for i, record in enumerate(mine):
-        by_type[record["question_type"]].append(i)
-    types = {kind: difference(chosen) for kind, chosen in sorted(by_type.items())}
-    return {"a": a["name"], "b": b["name"], "n": len(pairs), "types": types, "micro": difference(range(len(pairs)))}
+    types = {kind: difference(kind) for kind in sorted({record["question_type"] for record in mine})}
+    return {"a": a["name"], "b": b["name"], "n": len(pairs), "types": types, "micro": difference()}
 
 
 def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
@@ -55,6 +52,31 @@ def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
 
 
 def spread(values: list[float]) -> dict:
-    """mean, sd (of a sample; None of one value), least, most"""
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    """mean, sd (of a sample), least, most; there are at least two values"""
+    sd = float(np.std(values, ddof=1))
     return {"mean": float(np.mean(values)), "sd": sd, "least": min(values), "most": max(values)}
+
+
+def add_blind_runs(run: dict, found: dict) -> None:
+    """Put what the same model answered without seeing into found["blind"], where RUN/blind has it."""
+    for mode in ("blank", "shuffled"):  # --blind of the scripts
+        path = run["folder"] / "blind" / mode / "predictions.jsonl"
+        if not path.is_file():
+            continue
+        answered, again = read_or_empty(path.with_name("results.json")), f"repeat it with --eval-only --blind {mode}"
+        records = {r["id"]: r for r in read_records(path)}
+        other = {"name": mode, "records": [records[r["id"]] for r in run["records"] if r["id"] in records]}
+        paired = compare(run, other)
+        changed = [name for name in ANSWERED if answered.get(name) != run[name]]
+        if changed or not paired:
+            what = f"with another {changed[0]}" if changed else "other questions"
+            found["notes"].append(f"{mode}: was answered {what}; {again}")
+            continue
+        numbers, difference = summarise_run(other)["micro"], paired["micro"]
+        entry = {"n": paired["n"], "exact": numbers["exact"], "interval": numbers["interval"]}
+        entry |= {"difference": difference["difference"], "difference_interval": difference["interval"]}
+        found["blind"][mode] = entry
+        if path.stat().st_mtime < (run["folder"] / "predictions.jsonl").stat().st_mtime:
+            found["notes"].append(f"{mode}: answered before the run's last answers; {again}")
+        if paired["n"] < found["n"]:
+            found["notes"].append(f"{mode}: {paired['n']} of {found['n']} questions could be asked so")

@@ -1,7 +1,6 @@
 """Figures of runs, drawn with matplotlib where it is installed: accuracy, calibration, training curves."""
 
 import hashlib
-import importlib.util
 import io
 import math
 import re
@@ -9,33 +8,34 @@ from pathlib import Path
 
 import numpy as np
 
-from report.markup import percent
-
 COLOURS = ("#4c86c6", "#dd8a3e", "#45a08f", "#9a76bd", "#cc6666", "#94795d", "#8a9a3b", "#8c8c8c")  # on black and white
-PLAIN_STYLE = {
+STYLE = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font and colour
+    "svg.hashsalt": "report",  # the same bytes each time
     "text.parse_math": False,  # a question type such as $x$ is a name, not a formula
+    "path.simplify_threshold": 0.5,  # of very many steps in a row the lowest and highest are drawn
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "grid.color": "#8888884d",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
 }
-GRID = "#8888884d"
-MOST_POINTS = 1000
 MOST_PANELS = 12  # reliability diagrams
 
 
-def have_matplotlib() -> bool:
-    """Figures are optional: the page says how to have them."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw_figures(result: dict, curves: dict[str, list[dict]]) -> dict:
-    """{name: matplotlib Figure}: accuracy, calibration, curves, as far as there is something to draw."""
-    if not have_matplotlib():
-        return {}
-    import matplotlib
+    """{name: matplotlib Figure}: accuracy, calibration, curves, as far as there is something to draw.
 
-    with matplotlib.rc_context(PLAIN_STYLE):
+    {} where matplotlib is not installed: the page says how to have them.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return {}
+    with matplotlib.rc_context(STYLE):
         figures = {
             "accuracy": draw_accuracy(result["runs"]),
             "calibration": draw_calibration(result["runs"]),
@@ -44,86 +44,82 @@ def draw_figures(result: dict, curves: dict[str, list[dict]]) -> dict:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def draw_accuracy(runs: list[dict]):
     """A group of bars for each question type, one bar a run: exact, its interval, and the best baseline as a tick."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     kinds = list(dict.fromkeys(kind for run in runs for kind in run["types"]))
-    rows = [(short_label(kind), [run["types"].get(kind) for run in runs]) for kind in kinds]
-    rows.append(("all questions", [run["micro"] for run in runs]))
+    groups = [(short_label(kind), [run["types"].get(kind) for run in runs]) for kind in kinds]
+    groups.append(("all questions", [run["micro"] for run in runs]))
     height = 0.8 / len(runs) if len(runs) > 1 else 0.6
-    figure = Figure(figsize=(8.6, 1 + len(rows) * (0.16 + 0.2 * len(runs))), layout="constrained")
-    axes = figure.subplots()
-    for row, (_, entries) in enumerate(rows):
+    figure = new_figure(8.6, 1 + len(groups) * (0.16 + 0.2 * len(runs)))
+    axes, keys = figure.subplots(), {}
+    for place, (_, entries) in enumerate(groups):
         for i, entry in enumerate(entries):
             if entry is None:
                 continue  # this run has no such question
-            y = row + (i - (len(runs) - 1) / 2) * height
-            axes.barh(y, entry["exact"], height * 0.86, color=colour_of(i))
+            y = place + (i - (len(runs) - 1) / 2) * height
+            keys[i] = axes.barh(
+                y, entry["exact"], height * 0.86, color=colour_of(i), label=short_label(runs[i]["name"])
+            )
             if entry["interval"]:
-                axes.plot(entry["interval"], [y, y], "|-", color="black", linewidth=1, markersize=5, clip_on=False)
-            for best in [max(entry["baselines"].values())] if entry["baselines"] else []:
-                axes.plot([best, best], [y - height * 0.43, y + height * 0.43], color="black", linewidth=2.5)
-            axes.text(1.015, y, percent(entry["exact"]), va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first type on top
-    axes.set_xlim(0, 1)
+                line = {"linewidth": 1, "markersize": 5, "clip_on": False, "label": "95 % interval"}
+                (keys["interval"],) = axes.plot(entry["interval"], [y, y], "|-k", **line)
+            if entry["baselines"]:
+                tick = {"markersize": 13, "markeredgewidth": 2.5, "label": "best blind baseline"}
+                (keys["baseline"],) = axes.plot(max(entry["baselines"].values()), y, "|k", **tick)
+            axes.text(1.015, y, f"{100 * entry['exact']:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(groups)), [name for name, _ in groups])
     axes.set_xticks(np.linspace(0, 1, 6), [f"{x} %" for x in range(0, 101, 20)])
+    axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))  # the first type on top
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.grid(True, color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    keys = [Patch(color=colour_of(i), label=short_label(run["name"])) for i, run in enumerate(runs) if len(runs) > 1]
-    keys.append(Line2D([], [], color="black", marker="|", linewidth=1, label="95 % interval"))
-    tick = {"marker": "|", "markersize": 9, "markeredgewidth": 2.5, "linestyle": ""}
-    if any(run["micro"]["baselines"] for run in runs):
-        keys.append(Line2D([], [], color="black", label="best blind baseline", **tick))
-    figure.legend(handles=keys, loc="outside upper left", ncols=min(len(keys), 3), frameon=False, fontsize=8)
+    axes.xaxis.grid(True)
+    handles = [key for name, key in keys.items() if name != 0 or len(runs) > 1]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
 
 def draw_calibration(runs: list[dict]):
     """Reliability diagrams with the number of answers in each bin below; of several runs that of all questions."""
-    from matplotlib.figure import Figure
-
     panels = calibration_panels(runs)
     if not panels:
         return None
     most = sorted(range(len(panels)), key=lambda i: (not panels[i][3], -panels[i][1]["n"]))[:MOST_PANELS]
-    panels = [panels[i][:3] for i in sorted(most)]
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(0.4 + 2.9 * columns, 3.5 * lines), layout="constrained")
+    columns, lines = min(3, len(most)), math.ceil(len(most) / 3)
+    figure = new_figure(0.4 + 2.9 * columns, 3.5 * lines)
     grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=[3.2, 1] * lines)
     for axes in grid.flat:
         axes.set_axis_off()
-    for i, (name, calibration, colour) in enumerate(panels):
-        above, below = grid[2 * (i // columns)][i % columns], grid[2 * (i // columns) + 1][i % columns]
-        bins = [b for b in calibration["bins"] if b["n"]]
-        middles, widths = [(b["low"] + b["high"]) / 2 for b in bins], [b["high"] - b["low"] for b in bins]
-        above.set_axis_on()
-        above.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
-        confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-        above.bar(middles, accuracy, [0.94 * w for w in widths], color=colour, alpha=0.45)
-        above.plot(confidence, accuracy, "o", color=colour, markersize=4, clip_on=False)
-        above.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
-        above.set_xticklabels([])
-        above.set_title(f"{name}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}", fontsize=9, loc="left")
-        below.set_axis_on()
-        below.bar(middles, [b["n"] for b in bins], [0.94 * w for w in widths], color=colour, alpha=0.8)
-        for x, b in zip(middles, bins, strict=True):
-            below.annotate(str(b["n"]), (x, b["n"]), (0, 1.5), textcoords="offset points", ha="center", fontsize=6)
-        below.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=[])
-        below.set_ylim(0, 1.35 * max((b["n"] for b in bins), default=1))
-        below.spines["left"].set_visible(False)
-        if i + columns >= len(panels):  # the last of its column
-            below.set_xlabel("its probability")
-        if i % columns == 0:
-            above.set_ylabel("share of right ones")
-            below.set_ylabel("answers")
+    for place, i in enumerate(sorted(most)):
+        line, column = divmod(place, columns)
+        draw_reliability(*grid[2 * line : 2 * line + 2, column], *panels[i][:3])
     return figure
+
+
+def draw_reliability(above, below, name: str, calibration: dict, colour: str) -> None:
+    """How often right over how sure, and below it the number of answers."""
+    bins = [b for b in calibration["bins"] if b["n"]]
+    confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
+    middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
+    fifths = np.linspace(0, 1, 6)
+    above.set_axis_on()
+    above.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
+    above.bar(middles, accuracy, width, color=colour, alpha=0.45)
+    above.plot(confidence, accuracy, "o", color=colour, markersize=4, clip_on=False)
+    above.set(xlim=(0, 1), ylim=(0, 1.02), xticks=fifths, yticks=fifths, ylabel="share of right ones")
+    above.set_xticklabels([])
+    above.set_title(f"{name}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}", fontsize=9, loc="left")
+    below.set_axis_on()
+    below.bar_label(below.bar(middles, n, width, color=colour, alpha=0.8), fontsize=6)
+    below.set(xlim=(0, 1), ylim=(0, 1.35 * max(n, default=1)), xticks=fifths, yticks=[])
+    below.set(xlabel="its probability", ylabel="answers")
+    below.spines["left"].set_visible(False)
 
 
 def calibration_panels(runs: list[dict]) -> list[tuple]:
@@ -134,56 +130,44 @@ def calibration_panels(runs: list[dict]) -> list[tuple]:
         found = [("all questions", run["micro"])] if "calibration" in run["micro"] else []
         if len(runs) == 1 or not found:
             found += [(short_label(kind, 24), entry) for kind, entry in run["types"].items() if "calibration" in entry]
-        for name, entry in found:
-            panels.append((prefix + name, entry["calibration"], colour_of(i), entry is run["micro"]))
+        panels += [(prefix + name, entry["calibration"], colour_of(i), entry is run["micro"]) for name, entry in found]
     return panels
 
 
 def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
     """Loss with its validation, learning rate and gradient norm over the steps, as far as they were written."""
-    from matplotlib.figure import Figure
-
-    shown = [(i, run["name"], curves[run["name"]]) for i, run in enumerate(runs) if curves.get(run["name"])]
     names = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
-    names = {k: v for k, v in names.items() if any(k in line for _, _, lines in shown for line in lines)}
+    names = {k: v for k, v in names.items() if any(k in line for lines in curves.values() for line in lines)}
     if not names:
         return None
-    figure = Figure(figsize=(8.6, 0.5 + 1.75 * len(names)), layout="constrained")
+    figure = new_figure(8.6, 0.5 + 1.75 * len(names))
     panels = figure.subplots(len(names), squeeze=False, sharex=True)[:, 0]
     for axes, (field, name) in zip(panels, names.items(), strict=True):
-        for i, run, lines in shown:
-            axes.plot(*series(lines, field), color=colour_of(i), linewidth=1, alpha=0.85, label=short_label(run))
-        for i, _, lines in shown if field == "loss" else []:
-            label = "validation" if i == shown[-1][0] else None
-            style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour_of(i), "markersize": 4.5}
-            axes.plot(*series(lines, "val_loss"), "o-", label=label, **style)
+        for i, run in enumerate(runs):
+            lines = curves.get(run["name"], [])
+            axes.plot(
+                *series(lines, field), color=colour_of(i), linewidth=1, alpha=0.85, label=short_label(run["name"])
+            )
+            if field == "loss":
+                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour_of(i), "markersize": 4.5}
+                axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
         axes.set_ylabel(name)
-        axes.grid(True, color=GRID, linewidth=0.6)
+        axes.grid(True)
         scale(axes, logarithmic=field != "lr")
     panels[-1].set_xlabel("step")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 
 
 def series(lines: list[dict], field: str) -> tuple[list, list]:
-    """Steps and values; of very many the lowest and highest of each stretch, so that no spike is lost.
-
-    What is not finite leaves a gap.
-    """
+    """Steps and values, as far as they were written. What is not finite leaves a gap."""
     found = [(line["step"], line[field]) for line in lines if isinstance(line.get(field), int | float)]
-    values = [value if math.isfinite(value) else math.nan for _, value in found]
-    kept = range(len(found))
-    if len(found) > MOST_POINTS:
-        stretches = np.array_split(np.arange(len(found)), MOST_POINTS // 2 - 1)
-        lowest = {min(part, key=lambda i: values[i] if values[i] == values[i] else -math.inf) for part in stretches}
-        highest = {max(part, key=lambda i: values[i] if values[i] == values[i] else -math.inf) for part in stretches}
-        kept = sorted({0, len(found) - 1} | lowest | highest)
-    return [found[i][0] for i in kept], [values[i] for i in kept]
+    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
 
 
 def scale(axes, logarithmic: bool) -> None:
-    """Plain numbers on the axis: matplotlib writes powers as formulas, which PLAIN_STYLE switches off."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """Plain numbers on the axis: matplotlib writes powers as formulas, which STYLE switches off."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     values = values[np.isfinite(values)]
@@ -191,7 +175,7 @@ def scale(axes, logarithmic: bool) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if values.max() > 30 * values.min() else (1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def colour_of(i: int) -> str:
@@ -210,7 +194,7 @@ def figure_svg(figure) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({**PLAIN_STYLE, "svg.hashsalt": "report"}):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -228,12 +212,10 @@ def figure_svg(figure) -> str:
 
 def write_figures(folder: Path, figures: dict) -> None:
     """NAME.svg and NAME.png of each figure, on white, as a paper wants them."""
-    if not figures:
-        return
-    import matplotlib
+    for name, figure in figures.items():
+        import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(PLAIN_STYLE):
-        for name, figure in figures.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
             figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)

@@ -33,10 +33,10 @@ def read(path: Path, split: str | None = None, endovis: str | None = None) -> tu
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyExample:
     try:
-        media, name = media_of(data, entry), named(entry, "id", where)
-        heard = named(entry, "audio", None)
+        media, name, heard = media_of(data, entry), named(entry, "id", where), named(entry, "audio", None)
         shown = [file for file in media if file != heard] or media
-        groups = [str(group) for group in entry.get("groups") or []] or [group_of(entry) or (*shown, name)[0]]
+        alone = [entry[key] for key in ("group", "video_id", "video") if entry.get(key) not in (None, "")]
+        groups = [str(group) for group in entry.get("groups") or [*alone, *shown, name][:1]]
         answers = [entry[key] for key in ("short_answer", "answer") if not says_nothing(entry.get(key))]
         # without the marks of what is shown, which may stand before it or after
         question = re.sub(r"<(?:image|video)>", " ", str(entry.get("question") or "")).strip()
@@ -58,11 +58,6 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyE
         )
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"not as examples are written ({error}); fix it") from None
-
-
-def group_of(entry: dict) -> str | None:
-    """The first name that an entry gives of what it belongs to."""
-    return next((str(entry[key]) for key in ("group", "video_id", "video") if entry.get(key) not in (None, "")), None)
 
 
 def media_of(data: Path, entry: dict) -> list[str]:

@@ -1,6 +1,6 @@
 """The figures of one run: accuracy beside the baselines, by label, by how sure the model was."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from report.summary import summarise
 
 MOST_LABELS, MOST_CONFUSED = 200, 12  # listed in results.json; shown as a table of who is taken for whom
 OTHER = None  # what is none of the labels: no text, or an answer "other" would be taken for it
+ABOUT = {"split": None, "decode": None, "git_commit": None, "script": None}  # what is unknown of others' answers
+ABOUT |= {"argv": [], "versions": {}, "settings": {}, "own": {}}
 
 
 def summarise_run(run: dict) -> dict:
@@ -18,31 +20,30 @@ def summarise_run(run: dict) -> dict:
     That is summary.summarise with label figures and calibration beside, where the run comes from, and notes on what
     a reader should know. Where all examples are of one group, intervals are over its parts that share no media.
     """
-    records, notes = run["records"], list(run.get("notes", []))
-    if len({r["group"] for r in records}) == 1 and len(records) > 1:
-        records = [{**r, "group": clip} for r, clip in zip(records, clips(records), strict=True)]
+    records, notes = resampled(run["records"]), list(run.get("notes", []))
+    if len(records) > 1 and len({r["group"] for r in run["records"]}) == 1:
         parts = len({r["group"] for r in records})
         text = f"all examples are of one group, {run['records'][0]['group']}"
-        notes.append(
-            f"{text}: intervals are of its {parts} parts that share no media, and say nothing about another group"
-            if parts > 1
-            else f"{text}, and share their media: there are no intervals"
-        )
+        several = f": intervals are of its {parts} parts that share no media, and say nothing about another group"
+        notes.append(text + (several if parts > 1 else ", and share their media: there are no intervals"))
     if not records[0]["baselines"]:
         notes.append("what can be answered blindly is not known: give --train, or answer again with --eval-only")
     if run.get("cut_off"):
         notes.append(f"{run['cut_off']} answers were cut off before they ended: raise --max-answer-tokens")
     found = summarise(records)
-    by_type = defaultdict(list)
-    for record in records:
-        by_type[record["question_type"]].append(record)
-    for kind, part in by_type.items():
-        found["types"][kind] |= label_figures(part) | ranked_figures(part)
+    for kind, entry in found["types"].items():
+        part = [record for record in records if record["question_type"] == kind]
+        entry |= label_figures(part) | ranked_figures(part)
     found["micro"] |= ranked_figures(records, overall=True)
-    about = {"split": None, "decode": None, "git_commit": None, "script": None}
-    about |= {"argv": [], "versions": {}, "settings": {}, "own": {}}
-    about = {"name": run["name"]} | {name: run.get(name, unknown) for name, unknown in about.items()}
+    about = {"name": run["name"]} | {name: run.get(name, unknown) for name, unknown in ABOUT.items()}
     return {**about, **found, "n": len(records), "blind": {}, "notes": notes}
+
+
+def resampled(records: list[dict]) -> list[dict]:
+    """The records with the groups that intervals are over: their own, of a single group the numbers of its clips."""
+    if len({record["group"] for record in records}) > 1:
+        return records
+    return [{**record, "group": clip} for record, clip in zip(records, clips(records), strict=True)]
 
 
 def clips(records: list[dict]) -> list[int]:

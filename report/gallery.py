@@ -1,8 +1,7 @@
-"""The page's predictions: which records are shown with which media, embedded as JSON that page.js filters and pages."""
+"""The page's predictions: which records are shown with which media, and what page.js needs to filter and page them."""
 
 import math
 
-from report.markup import bullets, embedded_json, escape
 from report.scoring import true_candidate
 from report.thumbnails import thumbnails
 
@@ -10,12 +9,8 @@ MOST_SHOWN = 20_000  # answers in the gallery
 MEDIA_BYTES = 8_000_000  # of thumbnails and sounds in a page
 ON_A_PAGE = 24
 LONGEST_TEXT = 600  # characters of a question or answer
-STATES = ("exact match", "relaxed match", "wrong", "no answer")  # the gallery knows these by their number
+STATES = ("exact match", "relaxed match", "wrong", "no answer")  # page.js knows these by their number
 KEPT = ("id", "question", "answer", "also_right", "prediction", "correct", "relaxed")  # of a record
-PAGER = (
-    '<div class="pager"><button type="button" data-turn="-1">Previous</button><span></span>'
-    '<button type="button" data-turn="1">Next</button></div>'
-)
 
 
 def entries(runs: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
@@ -46,30 +41,27 @@ def probability(record: dict) -> float | None:
     return chances.get(answered)
 
 
-def section(runs: list[dict], records: list[dict], media: list[dict], faults: list[str]) -> str:
-    """The controls, and the predictions as JSON, which page.js shows a page at a time."""
-    if not records:
-        return ""
-    number = {kind: i for i, kind in enumerate(dict.fromkeys(record["type"] for record in records))}
-    rows = [row(record, number[record["type"]]) for record in records]
-    data = {"states": STATES, "types": list(number), "runs": [run["name"] for run in runs], "rows": rows}
-    data["size"] = ON_A_PAGE
-    embedded = [[entry["kind"], entry["src"], entry["name"]] for entry in media]
-    return f"""{about_media(records, media, faults)}
-<form class="controls" role="search" aria-label="Predictions">{controls(runs, rows, number)}</form>
-<div class="found"><output id="count" aria-live="polite"></output><span id="printed"></span>{PAGER}</div>
-<noscript><p>The predictions need JavaScript.</p></noscript>
-<div id="cards"></div>
-{PAGER}
-<script type="application/json" id="gallery-data">{embedded_json(data)}</script>
-<script type="application/json" id="gallery-media">{embedded_json(embedded)}</script>"""
+def prepare(runs: list[dict], records: list[dict], media: list[dict]) -> dict:
+    """What page.js reads, data and media; the controls; and what the page says of volumes and of missing media."""
+    types = {kind: i for i, kind in enumerate(dict.fromkeys(record["type"] for record in records))}
+    rows = [row(record, types[record["type"]]) for record in records]
+    names = [run["name"] for run in runs]
+    volumes = [entry["name"].lower() for entry in media if entry["kind"] == "slices"]
+    nifti = sum(name.endswith((".nii", ".nii.gz")) for name in volumes)
+    return {
+        "data": {"states": STATES, "types": list(types), "runs": names, "rows": rows, "size": ON_A_PAGE},
+        "media": [[entry["kind"], entry["src"], entry["name"]] for entry in media],
+        "controls": controls(names, list(types), rows),
+        "seen": sum(bool(record["media"]) for record in records),
+        "nifti": nifti,
+        "arrays": len(volumes) - nifti,
+    }
 
 
 def row(record: dict, kind: int) -> list:
     """A record as a list, which in ten thousand of them takes half the room of one with field names."""
-    answered = record["prediction"]
+    answered, p = record["prediction"], record.get("p")
     state = 3 if answered is None else 0 if record["correct"] else 1 if record["relaxed"] else 2
-    p = record.get("p")
     p = round(p, 4) if p is not None and math.isfinite(p) else None
     texts = [short(record["question"]), short(record["answer"]), None if answered is None else short(answered)]
     found = [record["run"], str(record["id"]), kind, *texts, state, p, list(record["media"])]
@@ -81,49 +73,17 @@ def short(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
 
 
-def controls(runs: list[dict], rows: list[list], number: dict[str, int]) -> str:
-    """Selects of run, type, result and order, each option with how many records it leaves, and the search field."""
-    ended = [sum(row[6] == state for row in rows) for state in range(len(STATES))]
+def controls(runs: list[str], types: list[str], rows: list[list]) -> dict[str, list[tuple]]:
+    """{select: its options (text, value, how many records it leaves)}: of run, type, result and order."""
+
+    def options(texts: list[str], column: int) -> list[tuple]:
+        return [(text, i, sum(row[column] == i for row in rows)) for i, text in enumerate(texts)]
+
     everything = ("all", "", len(rows))
-    asked = [(run["name"], i, sum(row[0] == i for row in rows)) for i, run in enumerate(runs)]
-    typed = [(kind, i, sum(row[2] == i for row in rows)) for kind, i in number.items()]
-    results = [("exact match", "0", ended[0]), ("wrong or unanswered", "2 3", ended[2] + ended[3])]
-    results += [("relaxed match alone", "1", ended[1]), ("unanswered", "3", ended[3])]
+    exact, relaxed, wrong, unanswered = (n for _, _, n in options(STATES, 6))
+    results = [("exact match", "0", exact), ("wrong or unanswered", "2 3", wrong + unanswered)]
+    results += [("relaxed match alone", "1", relaxed), ("unanswered", "3", unanswered)]
     orders = [("as in the data", "", None), ("most probable first", "-1", None), ("least probable first", "1", None)]
-    parts = [choice("run", [everything, *asked])] if len(runs) > 1 else []
-    parts += [choice("type", [everything, *typed]), choice("result", [everything, *results])]
-    parts += [choice("order", orders)] if any(row[7] is not None for row in rows) else []
-    search = '<label>search <input id="search" type="search" placeholder="question, answer, prediction, id"></label>'
-    return "".join(parts) + search
-
-
-def choice(name: str, options: list[tuple]) -> str:
-    """A labelled select of (text, value, how many records it leaves)."""
-    shown = [(escape(text), value, "" if n is None else f" ({n:,})") for text, value, n in options]
-    inner = "".join(f'<option value="{value}">{text}{n}</option>' for text, value, n in shown)
-    return f'<label>{name} <select id="{name}">{inner}</select></label>'
-
-
-def about_media(records: list[dict], media: list[dict], faults: list[str]) -> str:
-    """What the reader should know of the pictures: how many there are, how they lie, and which are missing."""
-    if faults and not media:
-        return f"<p>No pictures: {escape(faults[0])}</p>{not_shown(faults[1:])}"
-    notes = []
-    seen = sum(bool(record["media"]) for record in records)
-    if media and seen < len(records):
-        notes.append(f"{seen:,} of {len(records):,} are shown with their pictures or sound, wrong ones first.")
-    volumes = [entry["name"].lower() for entry in media if entry["kind"] == "slices"]
-    nifti = [name for name in volumes if name.endswith((".nii", ".nii.gz"))]
-    if volumes:
-        notes.append("Of volumes only the middle slices are shown.")
-    if nifti:
-        notes.append("NIfTI files are seen as by radiologists, from feet, front and side: the patient’s right is left.")
-    if len(nifti) < len(volumes):
-        notes.append(".npy and .npz files do not say how they lie: they are taken as x to the right (RAS).")
-    if media:
-        notes.append("The page contains pictures of the data: share it only as you may share these.")
-    return (f'<p class="quiet">{" ".join(notes)}</p>' if notes else "") + not_shown(faults)
-
-
-def not_shown(faults: list[str]) -> str:
-    return f"<details><summary>What is not shown</summary>{bullets(faults)}</details>" if faults else ""
+    found = {"run": [everything, *options(runs, 0)]} if len(runs) > 1 else {}
+    found |= {"type": [everything, *options(types, 2)], "result": [everything, *results]}
+    return found | ({"order": orders} if any(row[7] is not None for row in rows) else {})

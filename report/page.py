@@ -1,62 +1,89 @@
-"""The report's page: one HTML file that needs no other and reaches for nothing, put together from its sections.
+"""The report's page: one HTML file that needs no other and reaches for nothing.
 
-page.html, page.css and page.js beside this module are its frame, its style, and what filters the predictions.
+page.html, page.css and page.js beside this module are its markup, its style, and what filters the predictions. Here
+are the plain values that the markup shows.
 """
 
 import base64
 import hashlib
+import json
+import shlex
 from pathlib import Path
-from string import Template
 
-from report import accuracy, drawing, gallery, sections
-from report.markup import escape, figure
+import jinja2
 
-CALIBRATION = (
-    "All is of the most probable candidate, which need not be the answer given. Bars: the share of right ones among "
-    "those of about this probability; dots: their mean probability. On the dashed line a model is right as often as it "
-    "says. Below: how many answers. ECE is the mean distance from the line, each answer counting the same."
-)
-MORE_CALIBRATION = (
-    f" Only {drawing.MOST_PANELS} diagrams are drawn, of all questions and of the types with most answers; the table "
-    "of accuracy has the ECE of the others."
-)
+from report import drawing, gallery
+
+FOLDER = Path(__file__).parent
+MOST_LINES = 200  # of a list of findings
+EXTRA = {"balanced": "balanced", "precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC"}
+EXTRA |= {"map": "mAP", "ranked": "ranked", "calibration": "ECE"}  # figures that only some runs have: their headings
 
 
 def page(result: dict, records: list, media: list, examples: list, figures: dict, faults: list = ()) -> str:
     """The page as text, from `result`, what write.write puts into results.json.
 
     records and media are those of gallery.entries, with the faults that it found; examples are the first example of
-    each run, token by token; figures are those of drawing.draw_figures. Whatever comes from the data is escaped here,
-    and in the browser set as text, never as HTML.
+    each run, token by token; figures are those of drawing.draw_figures. Whatever comes from the data is escaped by
+    Jinja2, and in the browser set as text, never as HTML.
     """
-    runs = result["runs"]
-    drawn = {name: drawing.figure_svg(one) for name, one in figures.items()}
-    calibration = CALIBRATION
-    calibration += MORE_CALIBRATION if len(drawing.calibration_panels(runs)) > drawing.MOST_PANELS else ""
-    found = [
-        ("accuracy", "Accuracy", accuracy.section(runs) + accuracy.bars(drawn)),
-        ("blind", "Without the images", sections.blind(runs)),
-        ("comparisons", "Comparisons", sections.comparisons(result["comparisons"]) + sections.seeds(result["seeds"])),
-        ("answers", "Answers given", sections.confusions(runs)),
-        ("calibration", "Calibration", figure(drawn.get("calibration"), calibration)),
-        ("curves", "Training", figure(drawn.get("curves"), f"At most {drawing.MOST_POINTS:,} points a curve.")),
-        ("gallery", "Predictions", gallery.section(runs, records, media, faults)),
-        ("supervised", "Supervised tokens", sections.supervised(examples)),
-        ("audit", "Scorer audit", sections.audit(result["audit"])),
-        ("leakage", "Leakage check", sections.leakage(result["leakage"])),
-        ("settings", "Settings", sections.settings(runs)),
-    ]
-    found = [(name, title, content) for name, title, content in found if content]
-    frame, style, script = (
-        Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,  # figures that a run does not have are shown as a dash
+        extensions=["jinja2.ext.do"],
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    script = f"\n{script}"  # all between the tags counts for its digest
-    text = Template(frame).substitute(
-        title=escape(result["title"]),
-        links="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in found),
-        body="".join(f'<section id="{name}"><h2>{title}</h2>{content}</section>' for name, title, content in found),
-        style=style,
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    runs, leakage = result["runs"], result["leakage"]
+    script = "\n" + (FOLDER / "page.js").read_text("utf-8")  # all between the tags counts for its digest
+    text = environment.get_template("page.html").render(
+        result=result,
+        runs=[run | {"extra": extra_columns(run)} for run in runs],
+        baselines=any(run["micro"]["baselines"] for run in runs),
+        confused=confused(runs),
+        figures={name: drawing.figure_svg(figure) for name, figure in figures.items()},
+        panels=len(drawing.calibration_panels(runs)),
+        most_panels=drawing.MOST_PANELS,
+        most_lines=MOST_LINES,
+        shown=gallery.prepare(runs, records, media) if records else None,
+        faults=faults,
+        examples=examples,
+        split_types=dict.fromkeys(kind for s in leakage["splits"].values() for kind in s["question_types"])
+        if leakage
+        else [],
+        started=started(runs),
+        style=(FOLDER / "page.css").read_text("utf-8"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs
     )
     return text.encode("utf-8", "replace").decode()  # half a character, which JSON may hold, is none that UTF-8 has
+
+
+def extra_columns(run: dict) -> dict[str, str]:
+    """{field: heading} of EXTRA, as far as a question type of the run, or all together, has that figure."""
+    entries = [*run["types"].values(), run["micro"]]
+    return {field: name for field, name in EXTRA.items() if any(entry.get(field) is not None for entry in entries)}
+
+
+def confused(runs: list[dict]) -> dict[str, dict]:
+    """{run's name: {question type: its entry}} of the types that have figures of each label."""
+    found = {run["name"]: {kind: e for kind, e in run["types"].items() if e.get("per_label")} for run in runs}
+    return {name: types for name, types in found.items() if types}
+
+
+def started(runs: list[dict]) -> dict:
+    """How the runs were started: {tables: {title: {setting: [its value in each run]}}, commands}."""
+    versions = [run["versions"] | ({"git commit": run["git_commit"]} if run["git_commit"] else {}) for run in runs]
+    tables = {}
+    for title, of in {"Settings": [run["settings"] for run in runs], "Versions": versions}.items():
+        names = dict.fromkeys(name for values in of for name in values)
+        tables[title] = {name: [as_text(v[name]) if name in v else "–" for v in of] for name in names}
+    commands = [[*(["python", run["script"]] if run.get("script") else []), *run["argv"]] for run in runs]
+    return {"tables": tables, "commands": [shlex.join(map(str, words)) for words in commands if words]}
+
+
+def as_text(value) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

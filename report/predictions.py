@@ -14,8 +14,7 @@ PREDICTED = {"id": ("id", "question_id"), "prediction": ("prediction", "predicte
 
 def read_examples(path: Path, split: str) -> list[Example]:
     """The examples of one file, all of `split`. Ends with what is wrong where one cannot be read, or has no answer."""
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file")
+    refuse_missing(path)
     found, problems = examples.read(path, split)
     first = {}
     for example in found:
@@ -30,12 +29,17 @@ def read_examples(path: Path, split: str) -> list[Example]:
     return found
 
 
+def refuse_missing(path: Path) -> None:
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file")
+
+
 def read_fields(text: str) -> dict[str, str]:
     """{"prediction": "predicted_answer"} of "prediction=predicted_answer,…"."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    wrong = [name for name, _, theirs in pairs if name not in PREDICTED or not theirs]
-    if wrong:
-        raise SystemExit(f"--fields {text}: {wrong[0]!r} is none of {', '.join(PREDICTED)}, each NAME=THEIRS")
+    for name, _, theirs in pairs:
+        if name not in PREDICTED or not theirs:
+            raise SystemExit(f"--fields {text}: {name!r} is none of {', '.join(PREDICTED)}, each NAME=THEIRS")
     return {name: theirs for name, _, theirs in pairs}
 
 
@@ -47,14 +51,13 @@ def read_predictions(path: Path, test: list[Example], train: list[Example], fiel
     answered = read_lines(path, known_ids(test), fields)
     training = [(example.question_type, example.question, scoring.forms(example)) for example in train]
     blind = blind_answers(training, [(example.question_type, example.question) for example in test])
+    names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
     records = []
-    for example, answers in zip(test, blind, strict=True):
-        names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
-        record = {name: getattr(example, name) for name in names}
-        right = scoring.score(answered.get(example.id), example)
-        record |= {"prediction": answered.get(example.id), "correct": right["exact"], "relaxed": right["relaxed"]}
-        record["baselines"] = {name: scoring.score(text, example)["exact"] for name, text in answers.items()}
-        records.append(record)
+    for example, said in zip(test, blind, strict=True):
+        record = {name: getattr(example, name) for name in names} | {"prediction": answered.get(example.id)}
+        right = scoring.score(record["prediction"], example)
+        baselines = {name: scoring.score(text, example)["exact"] for name, text in said.items()}
+        records.append(record | {"correct": right["exact"], "relaxed": right["relaxed"], "baselines": baselines})
     unanswered = sum(example.id not in answered for example in test)
     text = f"{unanswered} of {len(test)} examples have no prediction; they count as wrong"
     return {"name": str(path), "records": records, "notes": [text] if unanswered else []}
@@ -68,26 +71,25 @@ def known_ids(test: list[Example]) -> dict[str, str]:
 
 def read_lines(path: Path, known: dict[str, str], fields: dict[str, str]) -> dict[str, str | None]:
     """{example's ID: what is answered} of a predictions file. Ends with what is wrong where there is something."""
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file")
+    refuse_missing(path)
     lines, problems = read_jsonl(path)
     answered = {}
     for where, line in lines:
         found = {}
         for name, usual in PREDICTED.items():
             theirs = [fields[name]] if name in fields else usual
-            found[name] = next((line[key] for key in theirs if key in line), None)
-            if not any(key in line for key in theirs):
-                text = f"no field {' or '.join(theirs)}; name it with --fields {name}=…"
-                problems.append(Problem(where, None, text))
-        name, given = known.get(str(found["id"])), str(found["id"])
-        if not isinstance(found["prediction"], str | int | float | None):
-            text = f"the prediction must be a text or null: {found['prediction']!r}"
-            problems.append(Problem(where, given, text))
+            present = [line[key] for key in theirs if key in line]
+            if not present:
+                problems.append(Problem(where, None, f"no field {' or '.join(theirs)}; name it with --fields {name}=…"))
+            found[name] = present[0] if present else None
+        given, said = str(found["id"]), found["prediction"]
+        name = known.get(given)
+        if not isinstance(said, str | int | float | None):
+            problems.append(Problem(where, given, f"the prediction must be a text or null: {said!r}"))
         if name is None:
             problems.append(Problem(where, given, "no example of --test has this ID"))
         elif name in answered:
             problems.append(Problem(where, given, "answered twice; keep one line"))
-        answered[name] = None if found["prediction"] is None else str(found["prediction"])
+        answered[name] = None if said is None else str(said)
     refuse(problems)
     return answered

@@ -11,28 +11,25 @@ ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # how a run was an
 
 def read_run(folder: Path) -> dict:
     """A run folder: its records, metrics, settings, and what it recorded of itself. Ends where nothing is answered."""
-    path = folder / "predictions.jsonl"
+    path, metrics = folder / "predictions.jsonl", folder / "metrics.jsonl"
     if not path.is_file():
         raise SystemExit(f"{folder}: no predictions.jsonl; answer with the script's --eval-only first")
-    records = read_records(path)
     config, results, check = (read_or_empty(folder / f"{name}.json") for name in ("config", "results", "check"))
     settings = config.get("settings", {})
     data = results.get("data", settings.get("data"))
-    metrics = folder / "metrics.jsonl"
     return {
         "name": str(folder),
         "folder": folder,
         "data": Path(data) if data else None,
-        "records": records,
+        "records": read_records(path),
         "metrics": [line for _, line in read_jsonl(metrics)[0]] if metrics.is_file() else [],
         "example": check.get("example"),
         "audit": check.get("scorer"),
         "leakage": check.get("leakage"),
         "own": {name: value for name, value in results.items() if isinstance(value, float)},  # of its script
         **{name: results.get(name) for name in (*ANSWERED, "cut_off")},
-        "script": config.get("script"),
-        **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}, "git_commit": None}.items()},
-        "settings": settings,
+        **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}}.items()},
+        **{"script": config.get("script"), "git_commit": config.get("git_commit"), "settings": settings},
     }
 
 
@@ -41,7 +38,7 @@ def read_or_empty(path: Path) -> dict:
     try:
         return read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise SystemExit(f"{path}: not JSON ({error}); write it again with the script's --eval-only") from None
+        raise SystemExit(f"{path}: {error}, or write it again with the script's --eval-only") from None
 
 
 def read_records(path: Path) -> list[dict]:
@@ -53,10 +50,7 @@ def read_records(path: Path) -> list[dict]:
             text = f"no {', '.join(missing)}; predictions of other programs are read with --predictions and --test"
             problems.append(Problem(where, record.get("id"), text))
     refuse(problems)
-    records = [record for _, record in lines]
-    if not all("baselines" in record for record in records):  # predictions that were written before the baselines
-        records = [{**record, "baselines": {}} for record in records]
-    return records
+    return [{"baselines": {}} | record for _, record in lines]  # some were written before their baselines
 
 
 def refuse(problems: list[Problem], most: int = 20) -> None:

@@ -2,27 +2,25 @@
 
 import base64
 import io
-import math
 import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from inputs import videos
+from inputs import videos, volumes
 from inputs.files import inside
 
 PICTURES = {".jpg", ".jpeg", ".png"}  # several of them in a row are the frames of a clip
-ANIMATIONS = {".gif", ".webp", ".apng"}
-VOLUMES = {".nii", ".gz", ".npy", ".npz"}
-KNOWN = PICTURES | ANIMATIONS | VOLUMES | {".wav"}
-HEIGHT, STRIP_HEIGHT, WIDEST = 112, 84, 448  # pixels
-MOST_FRAMES = 4
-MOST_PIXELS, MOST_MOVING_PIXELS, MOST_VOXELS = 50_000_000, 1_000_000_000, 2**27
+KINDS = dict.fromkeys((".gif", ".webp", ".apng"), "pictures") | {".wav": "sound"}
+KINDS |= dict.fromkeys((".nii", ".gz", ".npy", ".npz"), "volume")
+HEIGHT, STRIP_HEIGHT, WIDEST, GAP = 112, 84, 448, 2  # pixels
+MOST_FRAMES, MOST_DECODED = 4, 1000  # frames of a clip that are shown; of an animation that are looked at
+MOST_PIXELS, MOST_VOXELS = 50_000_000, 2**27
 MOST_ALIKE = 5  # faults of one kind that are named
 MOST_SOUND = 400_000  # bytes, 12 seconds of 16 kHz
-NO_NIBABEL = "NIfTI needs nibabel: pip install nibabel"  # a fault that is no file's
 PICTURES_SHARE = 0.75  # of the budget, where there is sound, too: it is heavy
 
 
@@ -41,32 +39,32 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
         return [], [[] for _ in records], [f"the data folder {folder} is not here: {where}"]
     jobs = [(i, thing) for i, record in enumerate(records) for thing in things(record["media"])]
     jobs.sort(key=lambda job: urgency(*job, records))
-    made, media, faults = make(folder, jobs, budget)
+    made, media, faults = make(folder, [thing for _, thing in jobs], budget)
     of = [[] for _ in records]
     for i, thing in jobs:
         if made.get(thing) is not None:
             of[i].append(made[thing])
-    left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
-    missing = few_of_each(faults)
-    unknown = sum(Path(name).suffix.lower() not in KNOWN for name in named)
+    for texts in faults.values():
+        more = len(texts) - MOST_ALIKE
+        texts[MOST_ALIKE:] = [f"… and {more:,} more like the last"] if more > 0 else []
+    missing = [text for texts in faults.values() for text in texts]
+    unknown = sum(kind_of(name) is None for name in named)
     missing += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
-    missing += [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
-    return media, of, missing
+    left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
+    return media, of, missing + [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
+
+
+def kind_of(name: str) -> str | None:
+    """What a file is shown as: frame, pictures, volume, sound; None where it cannot be."""
+    suffix = Path(name).suffix.lower()
+    return "frame" if suffix in PICTURES else KINDS.get(suffix)
 
 
 def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
     """What a record's files are: pictures together, of which at most four are shown; others one by one."""
-    kinds = [(Path(name).suffix.lower(), name) for name in names]
-    frames = [name for suffix, name in kinds if suffix in PICTURES]
+    frames = [name for name in names if kind_of(name) == "frame"]
     found = [("pictures", tuple(frames[i] for i in videos.evenly(len(frames), MOST_FRAMES)))] if frames else []
-    for suffix, name in kinds:
-        if suffix in ANIMATIONS:
-            found.append(("pictures", (name,)))
-        elif suffix in VOLUMES:
-            found.append(("volume", (name,)))
-        elif suffix == ".wav":
-            found.append(("sound", (name,)))
-    return found
+    return found + [(kind_of(name), (name,)) for name in names if kind_of(name) not in ("frame", None)]
 
 
 def urgency(i: int, thing: tuple, records: list[dict]) -> tuple:
@@ -74,142 +72,103 @@ def urgency(i: int, thing: tuple, records: list[dict]) -> tuple:
     return thing[0] == "sound", records[i]["correct"], int(f"{i:040b}"[::-1], 2)
 
 
-def make(folder: Path, jobs: list[tuple], budget: int) -> tuple[dict, list[dict], dict[str, str]]:
-    """{thing: its index into media, None where it cannot be made}, media, {fault: its kind}, in the order of jobs."""
-    with_sound = any(kind == "sound" for _, (kind, _) in jobs)
+def make(folder: Path, things: list[tuple], budget: int) -> tuple[dict, list[dict], dict[str, list[str]]]:
+    """{thing: its index into media, None where it cannot be made}, media, {kind of fault: faults}."""
+    with_sound = any(kind == "sound" for kind, _ in things)
     budgets = {False: budget * (PICTURES_SHARE if with_sound else 1), True: budget}  # of pictures; of all
     made, media, faults = {}, [], {}
     used, full = 0, {False: False, True: False}
-    for _, thing in jobs:
-        sound = thing[0] == "sound"
-        if thing in made or full[sound]:
+    for kind, names in dict.fromkeys(things):
+        sound = kind == "sound"
+        if full[sound]:
             continue
         try:
-            entry = thumbnail(folder, *thing)
+            entry = thumbnail(folder, kind, names)
         except Exception as error:  # damaged files make a decoder raise anything
-            made[thing] = None
-            text = fault(folder, thing[1], error)
-            faults[text] = kind_of_fault(text, thing[1])
+            made[kind, names] = None
+            text, alike = fault(folder, names, error)
+            faults.setdefault(alike, []).append(text)
             continue
         full[sound] = used + len(entry["src"]) > budgets[sound]
         if not full[sound]:
-            made[thing] = len(media)
+            made[kind, names] = len(media)
             media.append(entry)
             used += len(entry["src"])
     return made, media, faults
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What cannot be shown
-# ------------------------------------------------------------------------------------------------------------
+def fault(folder: Path, names: tuple[str, ...], error: Exception) -> tuple[str, str]:
+    """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice.
 
-
-def fault(folder: Path, names: tuple[str, ...], error: Exception) -> str:
-    """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice."""
+    And the same without what differs from file to file: names and numbers.
+    """
     text = (str(error) or type(error).__name__).replace(f"{folder.resolve()}/", "")
     text = re.sub(r"; [^;]*--skip-bad[^;]*$", "", text)
-    return text if text == NO_NIBABEL or any(name in text for name in names) else f"{', '.join(names)}: {text}"
-
-
-def kind_of_fault(text: str, names: tuple[str, ...]) -> str:
-    """The text without what differs from file to file: names and numbers."""
+    text = text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
+    alike = text
     for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, "")
-    return re.sub(r"\d[\d,.]*", "0", text)
+        alike = alike.replace(name, "")
+    return text, re.sub(r"\d[\d,.]*", "0", alike)
 
 
-def few_of_each(faults: dict[str, str]) -> list[str]:
-    """The first faults of each kind, and how many more are like them."""
-    kinds = {}
-    for text, kind in faults.items():
-        kinds.setdefault(kind, []).append(text)
-    lines = []
-    for texts in kinds.values():
-        lines += texts[:MOST_ALIKE]
-        lines += [f"… and {len(texts) - MOST_ALIKE:,} more like the last"] if len(texts) > MOST_ALIKE else []
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One thumbnail
-# ------------------------------------------------------------------------------------------------------------
+# ---- one thumbnail ----
 
 
 def thumbnail(folder: Path, kind: str, names: tuple[str, ...]) -> dict:
     """{kind: image, strip, slices or sound; src: a data URI; name}. Of a damaged file a reader raises anything."""
-    paths = [inside(folder, name) for name in names]
+    path = inside(folder, names[0])
     if kind == "sound":
-        return {"kind": "sound", "src": sound(paths[0]), "name": names[0]}
-    if kind == "volume":
-        voxels, spacing = open_volume(paths[0])
-        if voxels.dtype != np.uint8 or voxels.ndim != 4 or voxels.shape[3] != 3:
-            return {"kind": "slices", "src": jpeg(slices(voxels, spacing)), "name": names[0]}
-        frames = [Image.fromarray(np.array(voxels[i])) for i in videos.evenly(len(voxels), MOST_FRAMES)]  # a video
-    elif len(paths) > 1:
-        frames = [open_frames(path, 1)[0] for path in paths]
+        return {"kind": "sound", "src": sound(path), "name": names[0]}
+    if kind == "volume" and not is_video(path):
+        return {"kind": "slices", "src": jpeg(slices(*open_volume(path))), "name": names[0]}
+    if len(names) > 1:
+        frames = [small(next(videos.read_frames(folder, name, largest=MOST_PIXELS))) for name in names]
     else:
-        frames = open_frames(paths[0], MOST_FRAMES)
-    if len(frames) > 1:
-        return {"kind": "strip", "src": jpeg(side_by_side(frames)), "name": ", ".join(names)}
-    frames[0].thumbnail((WIDEST, HEIGHT))
-    return {"kind": "image", "src": jpeg(frames[0]), "name": names[0]}
+        read = videos.read_frames(folder, names[0], largest=MOST_PIXELS)
+        frames = [small(frame) for frame in islice(read, MOST_DECODED)]
+        frames = [frames[i] for i in videos.evenly(len(frames), MOST_FRAMES)]
+    several = len(frames) > 1
+    picture = side_by_side(frames, STRIP_HEIGHT if several else HEIGHT)
+    return {"kind": "strip" if several else "image", "src": jpeg(picture), "name": ", ".join(names)}
 
 
-def open_frames(path: Path, most: int) -> list[Image.Image]:
-    """Up to `most` frames of an image or animation, evenly chosen; a JPEG is decoded no larger than it is needed.
-
-    inputs.videos.read_frames decodes every frame completely, as training needs it: of a page's pictures 4 times slower.
-    """
-    with Image.open(path, formats=["JPEG", "PNG", "GIF", "WEBP"]) as image:
-        # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
-        single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
-        count = 1 if single else getattr(image, "n_frames", 1) - first
-        pixels = image.width * image.height
-        if pixels > MOST_PIXELS or pixels * count > MOST_MOVING_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, {count} frames: too large for a thumbnail")
-        if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
-            raise ValueError(f"colour mode {image.mode}")
-        image.draft("RGB", (1, 2 * HEIGHT))
-        frames = []
-        for i in videos.evenly(count, most):
-            image.seek(first + i)
-            frames.append(ImageOps.exif_transpose(image).convert("RGB"))
-    return frames
+def small(picture: Image.Image, height: int = HEIGHT) -> Image.Image:
+    return ImageOps.contain(picture, (WIDEST, height))
 
 
-def side_by_side(pictures: list[Image.Image], height: int = STRIP_HEIGHT, gap: int = 2) -> Image.Image:
-    widths = [min(WIDEST, max(1, round(height * p.width / p.height))) for p in pictures]
-    strip = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), height), (128, 128, 128))
-    for i, (picture, width) in enumerate(zip(pictures, widths, strict=True)):
-        strip.paste(picture.resize((width, height)), (sum(widths[:i]) + gap * i, 0))
+def side_by_side(pictures: list[Image.Image], height: int) -> Image.Image:
+    pictures = [small(picture, height) for picture in pictures]
+    strip = Image.new("RGB", (sum(p.width + GAP for p in pictures) - GAP, height), (128, 128, 128))
+    for i, picture in enumerate(pictures):
+        strip.paste(picture, (sum(p.width + GAP for p in pictures[:i]), 0))
     return strip
+
+
+def is_video(path: Path) -> bool:
+    """Does an array hold frames, as inputs.videos reads them, and no volume?"""
+    if path.suffix.lower() != ".npy":
+        return False
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 def open_volume(path: Path) -> tuple[np.ndarray, tuple]:
     """The array and the distances of its voxels; of NIfTI files the first time point, x to the right, z up."""
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        try:
-            import nibabel
-        except ImportError:
-            raise ImportError(NO_NIBABEL) from None
-        image = nibabel.load(path)
-        refuse_large(image.shape[:3])
-        if not any(int(image.header.get(code, 0)) for code in ("qform_code", "sform_code")):
-            raise ValueError("no orientation: left and right are not known")  # nibabel would guess them
-        while image.ndim > 3:
-            image = image.slicer[..., 0]
-        image = nibabel.as_closest_canonical(image)
-        return np.asarray(image.dataobj), image.header.get_zooms()[:3]
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            refuse_large((archive.zip.getinfo(f"{archive.files[0]}.npy").file_size // 4,))
-            return archive[archive.files[0]], (1, 1, 1)
-    return np.load(path, mmap_mode="r", allow_pickle=False), (1, 1, 1)
-
-
-def refuse_large(shape: tuple) -> None:
-    if math.prod(shape) > MOST_VOXELS:
-        raise ValueError(f"{math.prod(shape):,} voxels: too large for a thumbnail")
+    if path.suffix.lower() in (".npy", ".npz"):
+        return volumes.read_array(path, MOST_VOXELS), (1, 1, 1)
+    try:
+        import nibabel
+    except ImportError:
+        raise ValueError("NIfTI needs nibabel: pip install nibabel") from None
+    image = nibabel.load(path)
+    if not any(int(image.header.get(code, 0)) for code in ("qform_code", "sform_code")):
+        raise ValueError("no orientation: left and right are not known")  # nibabel would guess them
+    while image.ndim > 3:
+        image = image.slicer[..., 0]  # the others are not read
+    if np.prod(image.shape) > MOST_VOXELS:
+        raise ValueError(f"{np.prod(image.shape):,} voxels: too large for a thumbnail")
+    image = nibabel.as_closest_canonical(image)
+    return np.asarray(image.dataobj), image.header.get_zooms()[:3]
 
 
 def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
@@ -218,7 +177,6 @@ def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
         voxels = voxels[..., 0]  # the first time point, the first channel
     if voxels.ndim < 3:
         raise ValueError(f"an array of {voxels.ndim} axes is no volume")
-    refuse_large(voxels.shape)
     x, y, z = (size // 2 for size in voxels.shape)
     planes = [(voxels[:, :, z], 0, 1), (voxels[:, y], 0, 2), (voxels[x], 1, 2)]  # slice, its axis to the left, up
     planes = [(np.nan_to_num(plane.astype(np.float32), posinf=0, neginf=0), a, b) for plane, a, b in planes]
@@ -228,7 +186,7 @@ def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
         grey = (255 * np.clip((plane - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
         picture = Image.fromarray(np.ascontiguousarray(grey.T[::-1, ::-1]))
         width = round(HEIGHT * picture.width * spacing[left] / (picture.height * spacing[up]))
-        pictures.append(picture.resize((max(1, min(WIDEST, width)), HEIGHT)))
+        pictures.append(picture.resize((max(1, width), HEIGHT)))
     return side_by_side(pictures, HEIGHT)
 
 

@@ -5,12 +5,11 @@ from itertools import combinations
 from pathlib import Path
 
 from report import drawing, gallery
-from report.compare import compare, seeds_of
+from report.compare import add_blind_runs, compare, seeds_of
 from report.figures import summarise_run
 from report.page import page
 from report.read import read_run
-from report.rerun import add_blind_runs
-from report.summary import results_table
+from report.summary import ends, percent, results_table
 from runtime.files import write_json, write_text, writing
 
 
@@ -59,27 +58,23 @@ def write_report(folder: Path) -> None:
 def print_result(result: dict) -> None:
     """The tables of all runs, and what differs between them."""
     for run in result["runs"]:
-        print(f"\n{run['name']}: {run['n']} questions")
-        print(results_table(run))
-        for note in run["notes"]:
-            print(note)
+        print(f"\n{run['name']}: {run['n']} questions", results_table(run), *run["notes"], sep="\n")
         interval = run["micro"]["gain_interval"]
         if interval and interval[0] <= 0:
             print("NO gain over its best blind baseline is shown: the interval of the gain is not above zero")
         for mode, entry in run["blind"].items():
-            seen = f"seeing adds {difference_text(entry, 'difference_')}"
-            print(f"{mode} media: {entry['exact']:.1%} of {entry['n']} questions; {seen}")
+            seen = difference_text(entry["difference"], entry["difference_interval"])
+            print(f"{mode} media: {entry['exact']:.1%} of {entry['n']} questions; seeing adds {seen}")
         if "calibration" in run["micro"]:
             print(f"expected calibration error {run['micro']['calibration']['ece']:.3f}")
     for pair in result["comparisons"]:
-        print(f"\n{pair['a']} less {pair['b']}, {pair['n']} questions: {difference_text(pair['micro'])}")
+        text = difference_text(pair["micro"]["difference"], pair["micro"]["interval"])
+        print(f"\n{pair['a']} less {pair['b']}, {pair['n']} questions: {text}")
     for part in result["seeds"]:
-        entry = part["micro"]
-        text = f"{entry['mean']:.1%} ± {entry['sd']:.1%} (standard deviation)"
-        print(f"\n{len(part['seeds'])} seeds: {text}, {entry['least']:.1%} – {entry['most']:.1%}")
+        mean, sd, least, most = (percent(part["micro"][name]) for name in ("mean", "sd", "least", "most"))
+        print(f"\n{len(part['seeds'])} seeds: {mean} ± {sd} (standard deviation), {least} – {most}")
 
 
-def difference_text(entry: dict, prefix: str = "") -> str:
-    """A difference in points with its interval, the field PREFIXinterval."""
-    low_high = entry[f"{prefix}interval"]
-    return f"{entry['difference']:+.1%}" + (" ({:+.1%} – {:+.1%})".format(*low_high) if low_high else " (one group)")
+def difference_text(difference: float, interval: list | None) -> str:
+    """A difference in points, with its interval."""
+    return f"{difference:+.1%} ({ends(interval, '+')})"

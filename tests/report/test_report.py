@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -297,36 +296,32 @@ def test_several_runs_stand_side_by_side(trained, tmp_path, capsys):
     assert "--out required" in capsys.readouterr().err
 
 
-def test_blind_runs_show_the_script_s_model_nothing_or_another_s_media(demo_folder, trained, tmp_path):
+def test_blind_runs_stand_beside_the_run_unless_they_were_answered_otherwise(demo_folder, trained, tmp_path, capsys):
     out = tmp_path / "run"
-    shutil.copytree(trained[0], out)  # a run that was moved
-    before = (out / "predictions.jsonl").read_bytes()
-    command = [sys.executable, "-m", "report", out, "--blind-runs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "predictions.jsonl").read_bytes() == before  # the run's own answers stay
-    found = json.loads((out / "report/results.json").read_text())["runs"][0]
-    assert found["blind"].keys() == {"blank", "shuffled"}
-    assert f"blank media: {found['blind']['blank']['exact']:.1%} of 24 questions; seeing adds" in done.stdout
-    assert not (trained[0] / "blind").exists()
-    results = [json.loads((out / place / "results.json").read_text()) for place in ("", "blind/blank")]
-    assert [r["decode"] for r in results] == ["both", "both"] and "leakage" in json.loads(
-        (out / "check.json").read_text()
-    )
+    shutil.copytree(trained[0], out)
+    for mode in ("blank", "shuffled"):
+        run(demo_folder, out, *SMALL, "--eval-only", "--blind", mode)
+    assert not (out / "blind/blank/report").exists()
+
+    def reported() -> dict:
+        main([str(out)])
+        return json.loads((out / "report/results.json").read_text())["runs"][0]
+
+    found = reported()
+    assert found["blind"].keys() == {"blank", "shuffled"} and not any("repeat it" in note for note in found["notes"])
+    right = [sum(r["correct"] for r in read_lines(out / p / "predictions.jsonl")) / 24 for p in ("", "blind/blank")]
+    assert found["blind"]["blank"]["exact"] == right[1]
+    assert found["blind"]["blank"]["difference"] == pytest.approx(right[0] - right[1])
+    assert f"blank media: {right[1]:.1%} of 24 questions; seeing adds" in capsys.readouterr().out
     # what was answered earlier is said, what was answered otherwise is not compared
     os.utime(out / "predictions.jsonl")
-    main([str(out)])
-    found = json.loads((out / "report/results.json").read_text())["runs"][0]
-    assert "shuffled: answered before the run's last answers; repeat it with --blind-runs" in found["notes"]
-    write_json(out / "blind/blank/results.json", {**results[1], "decode": "greedy"})
-    main([str(out)])
-    found = json.loads((out / "report/results.json").read_text())["runs"][0]
+    notes = reported()["notes"]
+    assert "shuffled: answered before the run's last answers; repeat it with --eval-only --blind shuffled" in notes
+    answered = json.loads((out / "blind/blank/results.json").read_text())
+    write_json(out / "blind/blank/results.json", {**answered, "decode": "greedy"})
+    found = reported()
     assert found["blind"].keys() == {"shuffled"}
-    assert "blank: was answered with another decode; repeat it with --blind-runs" in found["notes"]
-    own, shuffled = (read_lines(out / place / "predictions.jsonl") for place in ("", "blind/shuffled"))
-    assert [r["id"] for r in own] == [r["id"] for r in shuffled]
-    assert all(a["media"] != b["media"] and a["group"] == b["group"] for a, b in zip(own, shuffled, strict=True))
-    assert [r["media"] for r in read_lines(out / "blind/blank/predictions.jsonl")] == [r["media"] for r in own]
+    assert "blank: was answered with another decode; repeat it with --eval-only --blind blank" in found["notes"]
 
 
 def test_a_report_that_cannot_be_written_fails_no_run(trained, tmp_path, capsys, monkeypatch):
