@@ -34,12 +34,10 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     result = {"splits": counts, "shared_with_earlier_splits": shared, **task.report}
     result |= first_example(splits, trees, task) | {"scorer": scorer, "leakage": leaks}
     for split, numbers in counts.items():
-        print(
-            f"{split}: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in numbers.items() if name in TOLD)
-        )
+        told = [f"{n:,} {name.replace('_', ' ')}" for name, n in numbers.items() if name != "question_types"]
+        print(f"{split}: {', '.join(told)}")
     for tree in (trees["train"] or trees[args.eval_split])[:2]:
         show.print_supervised(task.tokenizer, tree)
-    leakage.print_overlaps(shared)
     audit.print_audit(scorer)
     leakage.print_result(leaks)
     fatal = task.faults + [Problem("scorer", None, f"{text}; correct Task.score") for text in scorer["failures"]]
@@ -99,9 +97,6 @@ def build(examples: list[Example], faults: list[Problem], task: Task) -> tuple[d
         wrong += [Problem(e.where, e.id, texts[e.where]) for e in part if e.where in texts]
         splits[split] = [example for example in part if example.where not in texts]
     return splits, trees, wrong
-
-
-TOLD = ("questions", "files", "tokens", "supervised_tokens", "not_among_candidates")  # counts that are printed
 
 
 def count(examples: list[Example], trees: list[common.Prompt]) -> dict:

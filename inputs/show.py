@@ -37,7 +37,7 @@ def print_tokens(id: str, tokens: list[tuple], paint) -> None:
             if width + len(text) > WIDTH and line:
                 print(" ".join(line))
                 line, width = [], 0
-            line.append(paint(shorten(text, WIDTH), colours[kind]))
+            line.append(paint(text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…", colours[kind]))
             width += len(text) + 1
     print(" ".join(line))
 
@@ -60,7 +60,7 @@ def print_faults(problems: list[Problem]) -> None:
     for part in causes.values():
         first, others = part[0], [problem.where for problem in part[1:3]]
         more = f"fault ({len(part)} such, also {' and '.join(others)}): " if others else "fault: "
-        print(shorten(f"{more}{first}", LONGEST))
+        print(shorten(f"{more}{first}"))
 
 
 def cause(text: str) -> str:
@@ -68,7 +68,7 @@ def cause(text: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*|\S+\.\w+", "…", text)
 
 
-def shorten(text: str, longest: int) -> str:
+def shorten(text, longest: int = LONGEST) -> str:
     """The text in one line; where it is too long, without its end."""
-    text = text.replace("\n", " ")
+    text = " ".join(str(text).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"

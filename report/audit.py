@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 
+from inputs import show
 from report.intervals import united
 from report.scoring import OPTION_LABEL, answer_label, forms
 
 MOST_PAIRS = 200_000
 MOST_TOGETHER = 20  # answers given in one
 MOST_LISTED = 200
-LONGEST_LINE = 200
 
 
 def audit_scorer(right, examples: list, synonyms: list[list[str]] = ()) -> dict:
@@ -79,15 +79,12 @@ class Audit:
         alike = defaultdict(list)
         for example in examples:
             alike[example.question_type, example.question, *forms(example)].append(example)
-        # of each meaning one answer
-        different = {
-            kind: {self.meaning[kind][answer_label(text)]: text for text in answers}
-            for kind, answers in self.answers.items()
-        }
+        different = defaultdict(dict)  # type -> meaning -> one answer of it
+        for kind, answers in self.answers.items():
+            different[kind] |= {self.meaning[kind][answer_label(text)]: text for text in answers}
         for (kind, *_), part in alike.items():
-            example, meaning = part[0], self.meaning[kind]
-            others = [text for text in islice(different[kind].values(), MOST_TOGETHER)
-                      if meaning[answer_label(text)] != meaning[answer_label(example.answer)]]  # fmt: skip
+            example, own = part[0], self.meaning[kind][answer_label(part[0].answer)]
+            others = [text for meaning, text in islice(different[kind].items(), MOST_TOGETHER) if meaning != own]
             # the right one in the middle: a text may be judged by how it begins, or by its conclusion
             together = [*others, example.answer, *others]
             tried = {"nothing": "", "spaces": " \n\t", "I don't know": "I don't know", "the question": example.question}
@@ -101,7 +98,7 @@ class Audit:
 def print_audit(audit: dict) -> None:
     """The audit's figures in a line, its failures in lines of their own."""
     for text in audit["failures"][:10]:
-        print(f"scorer: {text}"[:LONGEST_LINE])
+        print(show.shorten(f"scorer: {text}"))
     probes = f"{sum(audit['probes'].values())} x {', '.join(audit['probes'])}"
     text = f"{audit['pairs']} pairs of {audit['answers']} answers, {audit['declared']} declared the same"
     print(f"scorer: {text}; tried as answers: {probes}; {audit['failed']} wrongly called right")

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from inputs.files import file_sha256, inside
-from report import near_duplicates
+from inputs.files import SPLITS, file_sha256, inside
+from inputs.show import shorten
+from inputs.videos import FRAMES
+from report.near_duplicates import BITS, LEVELS, OF_BITS, closest, small_picture, structured
 from report.scoring import forms, normalise, says_nothing, score_answer
 from runtime.files import progress
 
-SPLITS = ("train", "val", "test")  # a later one may not repeat an earlier one
-LONGEST_LINE = 200
 KINDS = ("same file", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
 
 
@@ -30,14 +30,13 @@ def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> 
     not there is compared by its name, and counted as "not looked at".
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
-    endings = near_duplicates.PICTURES
-    pictures = {name for example in examples for name in example.shown if name.lower().endswith(endings)}
+    pictures = {name for example in examples for name in example.shown if name.lower().endswith(FRAMES)}
     known = digests or {}
 
     def look(name: str) -> tuple:
         try:
             digest = known.get(name) or file_sha256(inside(data, name))
-            return digest, near_duplicates.small_picture(data, name) if name in pictures else None, True
+            return digest, small_picture(data, name) if name in pictures else None, True
         except (OSError, ValueError):  # whoever reads it for training says what is wrong with it
             return known.get(name), None, False
 
@@ -46,7 +45,7 @@ def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> 
         looked = dict(zip(names, looked, strict=True))
     content = {name: digest or name for name, (digest, _, _) in looked.items()}
     small = {content[name]: picture for name, (_, picture, _) in looked.items() if picture is not None}
-    seen = {key: picture for key, picture in small.items() if near_duplicates.structured(picture)}
+    seen = {key: picture for key, picture in small.items() if structured(picture)}
     findings = [
         *same_files(examples, content),
         *similar_pictures(examples, content, seen),
@@ -63,11 +62,7 @@ def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> 
         "findings": findings,
         "counts": counts,
         "splits": {split: found for split, found in splits.items() if found["questions"]},
-        "threshold": {
-            "bits": near_duplicates.BITS,
-            "of_bits": near_duplicates.OF_BITS,
-            "levels": near_duplicates.LEVELS,
-        },
+        "threshold": {"bits": BITS, "of_bits": OF_BITS, "levels": LEVELS},
     }
 
 
@@ -97,10 +92,10 @@ def similar_pictures(examples: list, content: dict[str, str], pictures: dict):
             for name in example.shown:
                 if content[name] in pictures and content[name] not in earlier:
                     later.setdefault(content[name], (example, name))
-        for key, other, bits, turned in near_duplicates.closest(list(earlier), list(later), pictures):
+        for key, other, bits, turned in closest(list(earlier), list(later), pictures):
             (example, name), (first, first_name) = later[key], earlier[other]
             text = f"{name} of {split} looks like {first_name} of {first.split} ({first.where})"
-            text += f", {turned}" * bool(turned) + f": {bits} of {near_duplicates.OF_BITS} bits differ"
+            text += f", {turned}" * bool(turned) + f": {bits} of {OF_BITS} bits differ"
             yield {"kind": "near duplicate", "where": example.where, "text": text}
         earlier |= later
 
@@ -152,15 +147,16 @@ def repeated_questions(examples: list, content: dict[str, str]):
         question = normalise(example.question)
         answers = asked[question, shown, json.dumps(example.history, default=str)]
         same = next((part for part in answers if agree(part[0], example)), None)
-        what = f"{shorten(example.question)!r} of {example.shown[0]}" + (" …" if len(shown) > 1 else "")
+        what = f"{shorten(example.question, 80)!r} of {example.shown[0]}" + (" …" if len(shown) > 1 else "")
         if same:
-            text = f"{what} is asked at {same[0].where}, too, with the same answer {shorten(example.answer)!r}"
+            text = f"{what} is asked at {same[0].where}, too, with the same answer {shorten(example.answer, 80)!r}"
             yield {"kind": "same question", "where": example.where, "text": text}
             same.append(example)
             continue
         if answers and question:
             other = answers[0][0]
-            text = f"{what} is answered {shorten(example.answer)!r}, but {shorten(other.answer)!r} at {other.where}"
+            mine, theirs = shorten(example.answer, 80), shorten(other.answer, 80)
+            text = f"{what} is answered {mine!r}, but {theirs!r} at {other.where}"
             yield {"kind": "conflict", "where": example.where, "text": text}
         answers.append([example])
 
@@ -207,8 +203,8 @@ def describe_split(examples: list) -> dict:
     types, answers, by_type = Counter(), Counter(), defaultdict(set)
     for example in examples:
         types[example.question_type] += 1
-        answers[shorten(example.answer)] += 1
-        by_type[example.question_type].add(normalise(example.answer))
+        answers[shorten(example.answer, 80)] += 1
+        by_type[example.question_type].add(normalise(str(example.answer)))
     return {
         "questions": len(examples),
         "files": len({name for example in examples for name in example.media}),
@@ -217,11 +213,6 @@ def describe_split(examples: list) -> dict:
         "distinct_answers": len(set().union(*by_type.values())),
         "single_class": sorted(kind for kind, found in by_type.items() if len(found) == 1 and types[kind] > 1),
     }
-
-
-def shorten(text, longest: int = 80) -> str:
-    text = " ".join(str(text).split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 # ---- printing -----------------------------------------------------------------------------------------------
@@ -234,7 +225,7 @@ def print_result(result: dict, most: int = 10) -> None:
     counts = {kind: result["counts"][kind] for kind in KINDS if result["counts"][kind]}
     for kind, n in counts.items():
         for finding in islice((f for f in result["findings"] if f["kind"] == kind), most):
-            print(shorten(f"{kind}: {finding['where']}: {finding['text']}", LONGEST_LINE))
+            print(shorten(f"{kind}: {finding['where']}: {finding['text']}"))
         if n > most:
             print(f"{kind}: … and {n - most} more")
     if result["counts"]["not looked at"]:
@@ -255,12 +246,3 @@ def describe(split: dict) -> str:
     if split["single_class"]:
         text += f"; always the same answer to {shorten(', '.join(split['single_class']), 40)}"
     return text
-
-
-def print_overlaps(found: dict[str, dict]) -> None:
-    """A line for each split that shows files of earlier splits."""
-    for split, n in found.items():
-        if n["shared"]:
-            text = f"{split}: {n['shared']} of {n['shown']} files shown are in earlier splits too, in "
-            text += f"{n['questions_touched']} of {n['questions']} questions, "
-            print(f"{text}{n['questions_contained']} of which show nothing else")

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from inputs.files import inside
+from inputs.images import MAX_PIXELS, MODES
 
-PICTURES = (".jpg", ".jpeg", ".png")
 # Two pictures are one where both hold. Of the demo's frames, which share their background, copies (JPEG down to q30,
 # half the size, brighter, mirrored) differ by at most 18 bits and 7 levels; different ones within 24 bits by 21 levels
 BITS, OF_BITS = 24, 255
@@ -29,9 +29,9 @@ def small_picture(data: Path, name: str) -> np.ndarray | None:
     """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises OSError, ValueError."""
     try:
         with Image.open(inside(data, name), formats=["JPEG", "PNG"]) as image:
-            if image.width * image.height > 50_000_000:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError("too large to be opened")
-            if getattr(image, "n_frames", 1) > 1 or image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK"):
+            if getattr(image, "n_frames", 1) > 1 or image.mode not in (*MODES, "CMYK"):
                 return None
             image.draft("RGB", (128, 128))  # a JPEG is decoded small, 1350 x 1080 in 4 ms instead of 16
             # an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ

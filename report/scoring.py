@@ -12,27 +12,21 @@ from itertools import permutations
 
 ARTICLE = r"(?:an?|the)"
 OPTION_LABEL = r"(?<!\w)\(?([A-Ha-h])(?:\)|\.(?=\s))"  # "(a)", "a)", "A. "
-NUMBER_WORDS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-]  # fmt: skip
+NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+NUMBER_WORDS += ["twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
 SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), "'": None, "’": None, "≥": ">=", "≤": "<="})
 
 # ---- what makes no difference ------------------------------------------------------------------------------
 
 
-def normalise(text) -> str:
+@functools.lru_cache(2**16, typed=True)  # the same few answers are compared again and again
+def normalise(text: str | int | float | None) -> str:
     """`text` (None is "") in the form in which answers are compared. "The Z-Line." → "z line".
 
     Lower case, NFKC, no punctuation, no articles, number words as digits, spaces folded. Numbers keep what
     tells them apart: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
     """
-    return normalised("" if text is None else str(text))
-
-
-@functools.lru_cache(2**16)  # the same few answers are compared again and again
-def normalised(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).lower().translate(SAME_SIGN)
+    text = unicodedata.normalize("NFKC", "" if text is None else str(text)).lower().translate(SAME_SIGN)
     text = re.sub(rf"(?<!\S){ARTICLE}\s+(?=\S)", "", text)  # not "(a)" or a final "A": these are answers
     text = re.sub(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", lambda word: str(NUMBER_WORDS.index(word[0])), text)
     text = re.sub(r"(?<=[\dm])\s*-\s*(?=\d)", "-", text)
@@ -115,6 +109,18 @@ def forms(example) -> list[str]:
     return [example.answer, *example.also_right]
 
 
+def true_candidate(record: dict) -> str | None:
+    """Of a record's `candidates` the first that is right for its answer, or another form of it; None where none is."""
+    right, kind = [record["answer"], *record.get("also_right", [])], record["question_type"]
+    found = (c for c in record["candidates"] if any(c == f or score_answer(c, f, kind)["exact"] for f in right))
+    return next(found, None)
+
+
+def answerable(example) -> bool:
+    """Can an answer be right that is restricted to the example's candidates?"""
+    return not example.candidates or true_candidate(vars(example)) is not None
+
+
 def caption(said: str | None, true: str) -> dict[str, bool]:
     """exact: the same words as they are written. relaxed: as answers are compared, which drops the Italian word "a"."""
     words = unicodedata.normalize("NFC", said or "").split()
@@ -156,22 +162,4 @@ def single_count(text) -> str | None:
     words = normalise(text).split()
     numbers = {word for word in words if re.search(r"\d", word)}
     hedged = {"not", "no", "or", "than", "least", "most", "over", "under"}.intersection(words)
-    if len(numbers) != 1 or hedged:
-        return None
-    number = numbers.pop()
-    return number if number.isdecimal() else None
-
-
-# ---- candidates --------------------------------------------------------------------------------------------
-
-
-def true_candidate(record: dict) -> str | None:
-    """Of a record's `candidates` the first that is right for its answer, or another form of it; None where none is."""
-    right, kind = [record["answer"], *record.get("also_right", [])], record["question_type"]
-    found = (c for c in record["candidates"] if any(c == f or score_answer(c, f, kind)["exact"] for f in right))
-    return next(found, None)
-
-
-def answerable(example) -> bool:
-    """Can an answer be right that is restricted to the example's candidates?"""
-    return not example.candidates or true_candidate(vars(example)) is not None
+    return numbers.pop() if len(numbers) == 1 and all(map(str.isdecimal, numbers)) and not hedged else None
