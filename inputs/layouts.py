@@ -5,16 +5,16 @@ it cannot be read. `where` is what faults are named by, "train.jsonl:17". Script
 `entries` reads any of them, for whoever looks at a data folder without a script.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from inputs import turns
+from inputs import sound, turns, videos
 from inputs.files import SPLITS, data_files, first_existing, read_json, read_jsonl
 from inputs.task import Problem
 from inputs.turns import refuse_misspelt
 
-# ------------------------------------------------------------------------------------------------------------
-# JSON lines, JSON lists, LLaVA's conversations
-# ------------------------------------------------------------------------------------------------------------
+# ---- JSON lines, JSON lists, LLaVA's conversations ----
 
 
 def files(data: Path):
@@ -43,20 +43,30 @@ def file_entries(path: Path, split: str | None = None):
         yield where, split, entry if isinstance(entry, dict) else fault
 
 
-def conversations(entries, mark: str, field: str | None = None):
-    """LLaVA's conversations as an entry for each answer, with its history; anything else as it is (see turns.llava)."""
+def each(entries, take_apart: Callable):
+    """What take_apart(where, split, entry) makes of every entry, all of it or, where it raises an error, a Problem."""
     for where, split, entry in entries:
         if isinstance(entry, Problem):
             yield where, split, entry
             continue
         try:
-            if "conversations" not in entry:
-                turns.refuse_history(entry)
-                yield where, split, entry
-                continue
-            yield from ((place, split, found) for place, found in turns.llava(where, entry, mark, field))
+            yield from list(take_apart(where, split, entry))
         except ValueError as error:
             yield where, split, Problem(where, entry.get("id"), str(error))
+        except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
+            yield where, split, Problem(where, None, f"not as conversations are written ({error}); fix the file")
+
+
+def refuse_beside(data: Path, layout: str) -> None:
+    """Ends where files of the plain layout lie beside those of another, of which one would not be read."""
+    lines = [f"{split}.jsonl" for split in SPLITS if (data / f"{split}.jsonl").is_file()]
+    if lines:
+        raise SystemExit(f"--data {data}: {', '.join(lines)} beside {layout}; keep one of the two")
+
+
+def conversations(entries, mark: str, field: str | None = None):
+    """LLaVA's conversations as an entry for each answer, with its history; anything else as it is (see turns.llava)."""
+    return each(entries, partial(turns.llava, mark=mark, field=field))
 
 
 def refuse_kinds(entry: dict, **kinds) -> None:
@@ -66,9 +76,7 @@ def refuse_kinds(entry: dict, **kinds) -> None:
             raise ValueError(f"{name} must be a text: {entry[name]!r}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# EndoVis-18-VQA: seq_N/vqa/{Classification,Sentence}/FRAME_QA.txt, a line "question|answer", seq_N/left_fr/FRAME.png
-# ------------------------------------------------------------------------------------------------------------
+# ---- EndoVis-18-VQA: seq_N/vqa/{Classification,Sentence}/FRAME_QA.txt ("question|answer"), seq_N/left_fr/FRAME.png
 
 PAPER = {"train": [2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15], "test": [1, 5, 16]}
 SEQUENCE = {"train": [5, 6, 7, 10, 11, 12, 14, 15, 16], "val": [9, 13], "test": [1, 2, 3, 4]}
@@ -103,12 +111,9 @@ def endovis(data: Path, choice: str | None):
                 yield where, split, entry if bar else Problem(where, None, 'no "question|answer"; fix the line')
 
 
-# ------------------------------------------------------------------------------------------------------------
-# SurgViVQA: {train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav
-# ------------------------------------------------------------------------------------------------------------
+# ---- SurgViVQA: {train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav ----
 
 SURGVIVQA = {"train": "train_multivideo.jsonl", "val": "eval_multivideo.jsonl", "test": "test_multivideo.jsonl"}
-FRAMES, RECORDINGS = (".jpg", ".jpeg", ".png"), (".wav", ".flac", ".mp3")
 SURGVIVQA_FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "video_id"}
 SURGVIVQA_FIELDS |= {"answer_candidates", "group", "frame_numbers", "total_frames"}
 
@@ -116,9 +121,8 @@ SURGVIVQA_FIELDS |= {"answer_candidates", "group", "frame_numbers", "total_frame
 def is_surgvivqa(data: Path) -> bool:
     """Has the folder SurgViVQA's own files? Ends where there are others beside them."""
     found = any((data / name).is_file() for name in SURGVIVQA.values())
-    other = [f"{split}.jsonl" for split in SPLITS if (data / f"{split}.jsonl").is_file()]
-    if found and other:
-        raise SystemExit(f"--data {data}: {', '.join(other)} beside SurgViVQA's own files; keep one of the two")
+    if found:
+        refuse_beside(data, "SurgViVQA's own files")
     return found
 
 
@@ -131,29 +135,23 @@ def surgvivqa(data: Path):
 
 def surgvivqa_file(path: Path, split: str | None = None):
     """The entries of one of SurgViVQA's files; frames and recordings stand beside it."""
-    for where, _, entry in file_entries(path):
-        try:
-            found = entry if isinstance(entry, Problem) else surgvivqa_entry(path.parent, path.name, entry)
-        except ValueError as error:
-            found = Problem(where, entry.get("id"), str(error))
-        yield where, split, found
+    return each(file_entries(path, split), partial(surgvivqa_entry, path))
 
 
-def surgvivqa_entry(data: Path, file: str, entry: dict) -> dict:
+def surgvivqa_entry(file: Path, where: str, split: str | None, entry: dict):
     """SurgViVQA counts IDs from one in each of its videos, and names recordings by them alone."""
     refuse_misspelt(entry, SURGVIVQA_FIELDS)
     if any(entry.get(key) in (None, "") for key in ("id", "video_id")):
         raise ValueError("no id or no video_id, by which SurgViVQA's files name recordings and frames")
-    name, video, frames = entry["id"], entry["video_id"], entry.get("frames")
+    data, name, video, frames = file.parent, entry["id"], entry["video_id"], entry.get("frames")
     found = {**entry, "id": f"{video}/{name}"}
     if isinstance(frames, list) and all(isinstance(frame, str) and frame for frame in frames):  # else refused later
-        found["frames"] = [with_suffix(data, f"frames/{video}/{frame}", FRAMES) for frame in frames]
+        found["frames"] = [with_suffix(data, f"frames/{video}/{frame}", videos.FRAMES) for frame in frames]
     if entry.get("audio") in (None, ""):
-        stem = file.removesuffix(".jsonl")
-        folders = [f"audio/{stem.partition('_')[0]}", f"audio/{stem}"]
+        folders = [f"audio/{file.stem.partition('_')[0]}", f"audio/{file.stem}"]
         folder = next((folder for folder in folders if (data / folder).is_dir()), folders[0])
-        found["audio"] = with_suffix(data, f"{folder}/{name}", RECORDINGS)
-    return found
+        found["audio"] = with_suffix(data, f"{folder}/{name}", sound.FILES)
+    yield where, split, found
 
 
 def with_suffix(data: Path, name: str, suffixes: tuple[str, ...]) -> str:
@@ -162,9 +160,7 @@ def with_suffix(data: Path, name: str, suffixes: tuple[str, ...]) -> str:
     return first_existing(data, places)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# UMBRELLA: {train,validation,test}/**/*.json, a conversation a file; or its conversations as JSON lines
-# ------------------------------------------------------------------------------------------------------------
+# ---- UMBRELLA: {train,validation,test}/**/*.json, a conversation a file; or its conversations as JSON lines ----
 
 UMBRELLA = {"train": "train", "val": "validation", "test": "test"}  # split -> its folder
 
@@ -172,9 +168,8 @@ UMBRELLA = {"train": "train", "val": "validation", "test": "test"}  # split -> i
 def is_umbrella(data: Path) -> bool:
     """Has the folder UMBRELLA's own folders of conversations? Ends where other files lie beside them."""
     found = any(conversations_in(data / name) for name in UMBRELLA.values())
-    lines = [f"{split}.jsonl" for split in UMBRELLA if (data / f"{split}.jsonl").is_file()]
-    if found and lines:
-        raise SystemExit(f"--data {data}: {', '.join(lines)} beside UMBRELLA's folders; keep one of the two")
+    if found:
+        refuse_beside(data, "UMBRELLA's folders")
     if found and (data / "val").is_dir():
         raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
     return found
@@ -186,20 +181,8 @@ def conversations_in(folder: Path) -> list[Path]:
 
 def umbrella(data: Path, supervise: str):
     """An entry for each supervised answer of UMBRELLA's conversations, or of plain questions (see turns.umbrella)."""
-    for where, split, entry in umbrella_files(data) if is_umbrella(data) else files(data):
-        yield from umbrella_entries(data, where, split, entry, supervise)
-
-
-def umbrella_entries(data: Path, where: str, split: str | None, entry, supervise: str) -> list[tuple]:
-    """All entries of a conversation, or the Problem that it has."""
-    if isinstance(entry, Problem):
-        return [(where, split, entry)]
-    try:
-        return list(turns.umbrella(data, where, entry, split, supervise))
-    except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
-        return [(where, split, Problem(where, None, f"not as conversations are written ({error}); fix the file"))]
-    except ValueError as error:
-        return [(where, split, Problem(where, entry.get("id"), str(error)))]
+    found = umbrella_files(data) if is_umbrella(data) else files(data)
+    return each(found, partial(turns.umbrella, data, supervise=supervise))
 
 
 def umbrella_files(data: Path):
@@ -212,37 +195,31 @@ def umbrella_files(data: Path):
             where = str(path.relative_to(data))
             try:
                 entry = read_json(path)
-                fault = None if isinstance(entry, dict) else "not a JSON object but a list or a value; fix the file"
+                if not isinstance(entry, dict):
+                    raise ValueError("not a JSON object but a list or a value; fix the file")
+                yield where, split, {"id": where[: -len(".json")], **entry}
             except ValueError as error:
-                fault = str(error)
-            yield where, split, Problem(where, None, fault) if fault else {"id": where[: -len(".json")], **entry}
+                yield where, split, Problem(where, None, str(error))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Any of them
-# ------------------------------------------------------------------------------------------------------------
+# ---- Any of them ----
 
 
 def entries(path: Path, endovis_choice: str | None = None):
     """The entries of a data folder in whichever layout it has, or of one .jsonl or .json file, whose split is None."""
-    if path.is_dir() and is_endovis(path):
-        yield from endovis(path, endovis_choice)
-    elif path.is_dir() and is_surgvivqa(path):
-        yield from surgvivqa(path)
-    elif path.name in SURGVIVQA.values():
-        yield from surgvivqa_file(path)
-    else:
-        data = path if path.is_dir() else path.parent
-        for where, split, entry in folder_entries(path) if path.is_dir() else file_entries(path):
-            fields = entry.keys() if isinstance(entry, dict) else set()
-            if fields & {"volume", "images"}:
-                yield from umbrella_entries(data, where, split, entry, "all")
-            else:
-                mark, field = ("<image>", None) if "image" in fields else ("<video>", "video")
-                yield from conversations([(where, split, entry)], mark, field)
+    if not path.is_dir():
+        found = surgvivqa_file(path) if path.name in SURGVIVQA.values() else file_entries(path)
+        return each(found, partial(any_kind, path.parent))
+    if is_endovis(path):
+        return endovis(path, endovis_choice)
+    if is_surgvivqa(path):
+        return surgvivqa(path)
+    lines = any(path.glob("train.json*"))  # then folders of .json files are something else
+    return each(umbrella_files(path) if not lines and is_umbrella(path) else files(path), partial(any_kind, path))
 
 
-def folder_entries(data: Path):
-    """What a folder's files hold, conversations as they are."""
-    lines = any(data.glob("train.json*"))  # then folders of .json files are something else
-    return umbrella_files(data) if not lines and is_umbrella(data) else files(data)
+def any_kind(data: Path, where: str, split: str | None, entry: dict):
+    """The entries that UMBRELLA's or LLaVA's conversation is, whichever it is."""
+    if entry.keys() & {"volume", "images"}:
+        return turns.umbrella(data, where, split, entry, "all")
+    return turns.llava(where, split, entry, *(("<image>", None) if "image" in entry else ("<video>", "video")))

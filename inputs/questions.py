@@ -35,9 +35,7 @@ TYPE_PATTERNS = [  # the first that matches decides
 ]
 TYPES = {"open_ended", "mcq", *(name for name, _ in TYPE_PATTERNS)}
 
-# ------------------------------------------------------------------------------------------------------------
-# From a question's words
-# ------------------------------------------------------------------------------------------------------------
+# ---- From a question's words ----
 
 
 def question_type(question: str) -> str:
@@ -123,9 +121,7 @@ def listed_options(sentence):
     return options if certain else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Of an entry, and of all examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Of an entry, and of all examples ----
 
 
 def fields(entry: dict, unasked: str | None = None) -> dict:
@@ -196,9 +192,7 @@ def allow_training_answers(examples: list[Example]) -> None:
         print("no training examples: color questions are answered freely, others by yes, no or their options alone")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# python -m inputs.questions IN OUT
-# ------------------------------------------------------------------------------------------------------------
+# ---- python -m inputs.questions IN OUT ----
 
 
 def write_types(source: Path, target: Path) -> None:

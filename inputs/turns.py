@@ -19,17 +19,20 @@ def refuse_misspelt(entry: dict, known: set[str]) -> None:
             raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# LLaVA: {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A polyp."}]}
-# ------------------------------------------------------------------------------------------------------------
+# --- LLaVA: "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A polyp."}]
 
 
-def llava(where: str, entry: dict, mark: str, field: str | None):
-    """(where, entry) for each answer, with the turns before it as its `history`. Raises ValueError.
+def llava(where: str, split: str | None, entry: dict, mark: str, field: str | None):
+    """(where, split, entry) for each answer, with the turns before it as its `history`. Raises ValueError.
 
-    The first turn must hold `mark` once; with `field`, where the entry has that, and not otherwise. Wherever the mark
-    stands, the media go first, as in LLaVA's own training. Of several answers IDs are numbered.
+    An entry without conversations stays as it is. The first turn must hold `mark` once; with `field`, where the entry
+    has that, and not otherwise. Wherever the mark stands, the media go first, as in LLaVA's own training. Of several
+    answers IDs are numbered.
     """
+    if "conversations" not in entry:
+        refuse_history(entry)
+        yield where, split, entry
+        return
     turns = entry["conversations"] if isinstance(entry["conversations"], list) else [entry["conversations"]]
     roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
@@ -51,7 +54,7 @@ def llava(where: str, entry: dict, mark: str, field: str | None):
             found["id"] = f"{name}.{number}"
         if several and field:  # in one group, because later turns repeat what earlier ones have answered
             found["group"] = named(entry, "group", named(entry, field, name))
-        yield (f"{where} turn {number}" if several else where), found
+        yield (f"{where} turn {number}" if several else where), split, found
         history.append((question.strip(), answer.strip()))
 
 
@@ -63,15 +66,13 @@ def refuse_history(entry: dict) -> None:
         raise ValueError(f"history must be a list of [question, answer]: {history!r}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# UMBRELLA: {"images": [{"path", "modality"}], "conversations": [{"role": "user", "content": [{"type": "image"}, …]}]}
-# ------------------------------------------------------------------------------------------------------------
+# --- UMBRELLA: "images": [{"path", "modality"}], "conversations": [{"role": "user", "content": [{"type": "image"}, …]}]
 
 FIELDS = {"id", "volume", "modality", "images", "question", "answer", "question_type", "answer_candidates", "group"}
 FIELDS |= {"task_id", "task_type", "subject_ids", "modalities", "conversations", "metadata"}  # UMBRELLA's
 
 
-def umbrella(data: Path, where: str, entry: dict, split: str | None, supervise: str):
+def umbrella(data: Path, where: str, split: str | None, entry: dict, supervise: str):
     """(where, split, entry) of a conversation's last answer; of training with supervise="all", of each.
 
     An entry has id, groups, volumes, turns (what comes before the answer, as a chat template reads it), question (the
