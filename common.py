@@ -112,7 +112,7 @@ def separate_pad_from_eos(tokenizer, model=None) -> str:
         done = f"PAD is now '<|pad|>' ({tokenizer.pad_token_id})"
     if model is not None:
         if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(tokenizer.pad_token_id + 1)
+            grow_embeddings(model, tokenizer.pad_token_id + 1)
             done += f", embedding grown to {tokenizer.pad_token_id + 1} rows"
         for config in (model.config, model.config.get_text_config(), model.generation_config):
             config.pad_token_id = tokenizer.pad_token_id

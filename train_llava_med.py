@@ -86,7 +86,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> Exam
         id=named(entry, "id", where),
         group=group,
         media=[image],
-        history=entry.get("history", []),
+        history=entry.get("history") or [],
         **questions.fields(entry),  # question, answer, question_type, candidates
     )
 
@@ -115,6 +115,7 @@ class LlavaTask(Task):
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_index from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
+        models.refuse_template(self, folder, IMAGE)
         seen, size = images.size_of(self.processor), config.vision_config.image_size
         if seen != (size, size):
             self.fault("preprocessor_config.json", f"{seen[0]} x {seen[1]} pixels, the vision tower takes {size}")
@@ -138,10 +139,10 @@ class LlavaTask(Task):
         """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
         opening, closing = common.SENTINELS
         messages = []
-        for i, (question, said) in enumerate([*example.history, (example.question, opening + answer + closing)]):
+        for i, (question, reply) in enumerate([*example.history, (example.question, opening + answer + closing)]):
             question = {"type": "text", "text": question}
             messages.append({"role": "user", "content": [{"type": "image"}, question] if i == 0 else [question]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
         before, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
         # A template's space before the answer belongs to the answer: the prompt then ends where the template's own
         # generation prompt ends, and SentencePiece gives the answer's first word its usual piece.
@@ -279,6 +280,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
         if last:
             run.stop.act()
+            metrics.close()
             return loss
         # ---- forward and backward: trees are those of all ranks, batches are this rank's ----
         trees = plan[step]
@@ -295,7 +297,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         for batch in batches:
             with run.autocast():
                 batch_loss, _ = model(batch)
-            (batch_loss / supervised).backward()  # the mean over the whole step's tokens, not a mean of means
+            (batch_loss / supervised).backward()  # the mean over all tokens of the step, not a mean of means
             loss_sum += batch_loss.detach()
         ranks.sum_gradients(trained.values())
         loss = float(ranks.sum_over_ranks(loss_sum)) / supervised
@@ -315,6 +317,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
+            metrics.restart_clock()  # the time that saving takes is no step's
         if stopped:
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
@@ -342,7 +345,7 @@ def main(argv=None) -> None:
             start = checkpoints.first_step(run, folder, trees["train"], plan, OWN_SETTINGS)  # refused if data changed
         torch.manual_seed(args.seed)  # new adapters are drawn
         model = load_model(folder, task, run.dtype)
-        checkpoints.load_weights(run, model.vlm)
+        checkpoints.load_weights(run, folder, model.vlm)  # refused if they were trained on another model
         shards.place(model, run)
         models.print_trained(model.vlm)
         if not args.eval_only:

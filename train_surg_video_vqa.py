@@ -406,6 +406,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
         if last:
             run.stop.act()
+            metrics.close()
             return loss
         # ---- forward and backward: trees are those of all ranks, batches are this rank's ----
         trees = plan[step]
@@ -422,7 +423,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         for batch in batches:
             with run.autocast():
                 batch_loss, _ = model(batch)
-            (batch_loss / supervised).backward()  # the mean over the whole step's tokens, not a mean of means
+            (batch_loss / supervised).backward()  # the mean over all tokens of the step, not a mean of means
             loss_sum += batch_loss.detach()
         ranks.sum_gradients(trained.values())
         loss = float(ranks.sum_over_ranks(loss_sum)) / supervised
@@ -442,6 +443,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
+            metrics.restart_clock()  # the time that saving takes is no step's
         if stopped:
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
@@ -469,7 +471,7 @@ def main(argv=None) -> None:
             start = checkpoints.first_step(run, folder, trees["train"], plan, OWN_SETTINGS)  # refused if data changed
         torch.manual_seed(args.seed)  # new adapters are drawn
         model = load_model(folder, task, run.dtype)
-        checkpoints.load_weights(run, model.vlm)
+        checkpoints.load_weights(run, folder, model.vlm)  # refused if they were trained on another model
         shards.place(model, run)
         models.print_trained(model.vlm)
         if not args.eval_only:

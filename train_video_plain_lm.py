@@ -410,6 +410,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
         if last:
             run.stop.act()
+            metrics.close()
             return loss
         # ---- forward and backward: trees are those of all ranks, batches are this rank's ----
         trees = plan[step]
@@ -426,7 +427,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         for batch in batches:
             with run.autocast():
                 batch_loss, _ = model(batch)
-            (batch_loss / supervised).backward()  # the mean over the whole step's tokens, not a mean of means
+            (batch_loss / supervised).backward()  # the mean over all tokens of the step, not a mean of means
             loss_sum += batch_loss.detach()
         ranks.sum_gradients(trained.values())
         loss = float(ranks.sum_over_ranks(loss_sum)) / supervised
@@ -446,6 +447,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
+            metrics.restart_clock()  # the time that saving takes is no step's
         if stopped:
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
@@ -473,7 +475,7 @@ def main(argv=None) -> None:
             start = checkpoints.first_step(run, folder, trees["train"], plan, OWN_SETTINGS)  # refused if data changed
         torch.manual_seed(args.seed)  # whatever is new is drawn
         model = load_model(folder, task, run.dtype)
-        checkpoints.load_weights(run, model.vlm)
+        checkpoints.load_weights(run, folder, model.vlm)  # refused if they were trained on another model
         shards.place(model, run)
         models.print_trained(model.vlm)
         if not args.eval_only:
@@ -489,7 +491,7 @@ def main(argv=None) -> None:
         if args.blind:  # with nothing to see, or another group's videos: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
-        own = captions.figures(model, prompts, records, task, run)  # perplexity, retrieval, BLEU, ROUGE-L
+        own = partial(captions.figures, model, prompts, records, task, run)  # perplexity, retrieval, BLEU, ROUGE-L
         figures = results.finish(records, asked, examples["train"], task, run, own)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

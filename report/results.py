@@ -7,20 +7,21 @@ from runtime.files import write_json, write_jsonl
 from runtime.ranks import on_first_rank
 
 
-def finish(records: list[dict], asked: list, train_examples: list, task, run, own: dict | None = None) -> dict:
-    """Write and print what `records` say, a record for each example of `asked`, in this order; returns results.json.
+def finish(records: list[dict], asked: list, train_examples: list, task, run, own=None) -> dict:
+    """Write and print what `records` hold, a record for each example of `asked`, in this order; returns results.json.
 
-    `train_examples` are what the baselines are told from, `own` are figures of one script (of captions, say).
+    `train_examples` are what the baselines know, `own()` gives further figures of one script (of captions, say).
     """
     add_baselines(records, asked, train_examples, task)
-    args = run.args
-    results = summarise(records)
-    results |= {"split": args.eval_split, "decode": args.decode}
+    args, results = run.args, summarise(records)
+    results |= {"split": args.eval_split, "decode": args.decode, "model": args.model}
+    results |= {"checkpoint": str(run.checkpoint) if run.checkpoint else None}
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
-    results |= {"data": str(args.data), "max_answer_tokens": args.max_answer_tokens, "limit": args.limit, **(own or {})}
+    results |= {"data": str(args.data), "max_answer_tokens": args.max_answer_tokens, "limit": args.limit}
     predictions = run.folder / "predictions.jsonl"
     write_jsonl(predictions, records)
     print(results_table(results))
+    results |= own() if own else {}  # only now: what fails there costs no answers
     write_json(run.folder / "results.json", results)
     print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:

@@ -21,6 +21,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A share from 0 to 1, for argparse."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def board(text: str) -> str:
     """Where metrics go as well, for argparse: tensorboard or wandb:PROJECT, whose package must be there."""
     package, _, project = text.partition(":")
@@ -92,13 +99,13 @@ def add_trained(add, tunings: dict[str, str]) -> None:
     add("--tune", choices=choices, default=choices[0], help=f"{meanings} (default: %(default)s)")
     add("--lora-r", type=positive, metavar="R", default=16, help="rank of the adapters (default: %(default)s)")
     add("--lora-alpha", type=float, metavar="A", default=32, help="they are scaled by A / R (default: %(default)s)")
-    add("--lora-dropout", type=float, metavar="P", default=0.05, help="probability, 0 to 1 (default: %(default)s)")
+    add("--lora-dropout", type=share, metavar="P", default=0.05, help="probability, 0 to 1 (default: %(default)s)")
 
 
 def add_training(add) -> None:
     add("--lr", type=float, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
     text = "share of the steps until the peak; then half a cosine to zero (default: %(default)s)"
-    add("--warmup", type=float, metavar="SHARE", default=0.03, help=text)
+    add("--warmup", type=share, metavar="SHARE", default=0.03, help=text)
     add("--weight-decay", type=float, metavar="W", default=0.0, help="AdamW's, a step W x lr (default: %(default)s)")
     add("--clip", type=float, metavar="NORM", default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--epochs", type=positive, metavar="N", default=1, help="passes over the data (default: %(default)s)")
@@ -170,6 +177,11 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"{', '.join(missing)} required")
     if args.merge and args.resume == "auto" and not args.out:
         parser.error("--merge: --out RUN required, or --resume FOLDER")
+    modes = [
+        f"--{mode.replace('_', '-')}" for mode in ("check", "overfit", "eval_only", "merge") if getattr(args, mode)
+    ]
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(modes)}: one at a time")
     if args.blind and not args.eval_only:
         parser.error("--blind is for --eval-only")
     if args.overfit:

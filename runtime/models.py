@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import common
-from runtime import adapters, folders, show
+from runtime import adapters, checkpoints, folders, show
 from runtime.files import replacing, write_json, writing
 from runtime.folders import read_json
 from runtime.ranks import on_first_rank, rank
@@ -209,6 +209,7 @@ def count(load_model, folder: Path, task, run) -> None:
 def merge(load_model, folder: Path, task, run, dtype: torch.dtype | None = None) -> None:
     """--merge DIR: the model with what run.checkpoint has trained, as one folder that transformers opens."""
     refuse_faults(task)
+    checkpoints.refuse_other_model(run, folder)
     if rank() == 0:
         with writing(Path(run.args.merge)):
             write_model(load_model, folder, task, run.checkpoint, Path(run.args.merge), dtype or run.dtype)

@@ -98,7 +98,7 @@ BREAKS = {
     "weights that are not loaded": (
         "adapter",
         "its logits differ from those of the trained model",
-        ("        checkpoints.load_weights(run, model.vlm)\n", ""),
+        ("        checkpoints.load_weights(run, folder, model.vlm)", "        #"),
     ),
     "an image processor that is not saved": (
         "merged",
