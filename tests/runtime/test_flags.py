@@ -163,3 +163,18 @@ def test_overfitting_takes_200_steps_or_max_steps():
     args = train_llava_med.parse_arguments([*NEEDED, "--overfit", "8"])
     assert (args.max_steps, args.epochs, args.resume, args.out) == (200, 200, "none", "R/overfit")
     assert train_llava_med.parse_arguments([*NEEDED, "--overfit", "8", "--max-steps", "3"]).epochs == 3
+
+
+@pytest.mark.parametrize("flag", ["--warmup", "--lora-dropout"])
+@pytest.mark.parametrize("value", ["100", "-0.1", "nan"])
+def test_a_share_is_between_0_and_1(flag, value, capsys):
+    """--warmup 100 of 500 steps, meant as a number of steps, would end with a hundredth of the learning rate."""
+    with pytest.raises(SystemExit):
+        train_llava_med.parse_arguments([*NEEDED, flag, value])
+    assert f"argument {flag}: {value} is not between 0 and 1" in capsys.readouterr().err
+
+
+def test_two_modes_at_once_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_llava_med.parse_arguments([*NEEDED, "--overfit", "4", "--eval-only"])
+    assert "--overfit and --eval-only: one at a time" in capsys.readouterr().err

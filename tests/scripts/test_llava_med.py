@@ -192,3 +192,23 @@ def test_endovis_is_one_flag(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_arguments([*argv, "--endovis", "frames"])
     assert "--endovis" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{% for m in messages %}{{ '[INST] ' + m['content'] }}{% endfor %}", "copy the original checkpoint's"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write <image> for an image but 'user'"),
+    ],
+)
+def test_a_template_that_writes_no_image_is_refused(copy, tmp_path, template, text):
+    (copy / "model/chat_template.jinja").write_text(template)
+    assert text in refused(copy, tmp_path / "out", "--check")
+
+
+def test_an_empty_history_is_none(copy, tmp_path):
+    """As exporters write a missing field."""
+    path = copy / "data/train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "history": None}) + "\n" for line in lines))
+    run(copy, tmp_path / "out", "--check")
