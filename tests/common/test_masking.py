@@ -1,6 +1,7 @@
 """Supervised are the answer and its EOS, exactly, whatever the tokenizer does at the answer's edges; and the token IDs
 are those of transformers' own processor."""
 
+import copy
 import random
 
 import pytest
@@ -140,11 +141,14 @@ def test_encoding_leaves_the_tokenizer_as_it_was(bytes_bpe):
     assert (len(bytes_bpe), bytes_bpe.tokenize("<ANS>Pink</ANS>")) == before
 
 
-def test_a_tokenizer_that_grew_is_split_anew(bytes_bpe):
-    text = "Q<extra><ANS>1</ANS><|im_end|>"
-    assert encoded(bytes_bpe, text)[:2] == ["Q", "<"]
-    bytes_bpe.add_tokens(["<extra>"])
-    assert encoded(bytes_bpe, text) == ["Q", "<extra>", "1*", "<|im_end|>*"]
+@pytest.mark.parametrize("keep_sentinels", [False, True])
+def test_a_tokenizer_that_grew_is_split_anew(bytes_bpe, keep_sentinels):
+    text, growing = "Q<extra><ANS>1</ANS><|im_end|>", copy.deepcopy(bytes_bpe)
+    assert encoded(growing, text, keep_sentinels=keep_sentinels)[:2] == ["Q", "<"]
+    growing.add_tokens(["<extra>"])
+    pieces = encoded(growing, text, keep_sentinels=keep_sentinels)
+    assert pieces[:2] == ["Q", "<extra>"] and [p for p in pieces if p.endswith("*")] == ["1*", "<|im_end|>*"]
+    assert keep_sentinels or len(pieces) == 4
 
 
 def random_answer(number: int) -> str:

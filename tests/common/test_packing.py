@@ -450,11 +450,14 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
     once, eight_times = step(1, 4096), step(8, max(len(t) for t in trees))
     assert difference(eight_times, once) < 1e-5
 
-    means = []
-    for batch in pack(trees, max(len(t) for t in trees)):
-        loss, tokens = model({**batch, **data.read_media(batch["prompts"])})
-        means.append(loss / tokens)
-    mean_of_means = gradients(model, sum(means) / len(means))
-    right = torch.cat([once[name].flatten() for name in once if name != "loss"])
-    wrong = torch.cat([mean_of_means[name].flatten() for name in mean_of_means if name != "loss"])
+    batches = [{**batch, **data.read_media(batch["prompts"])} for batch in pack(trees, max(len(t) for t in trees))]
+    found = [model(batch) for batch in batches]
+    mean = gradients(model, sum(loss for loss, _ in found) / sum(tokens for _, tokens in found))
+    found = [model(batch) for batch in batches]
+    mean_of_means = gradients(model, sum(loss / tokens for loss, tokens in found) / len(found))
+    steps, right, wrong = (
+        torch.cat([tensor.flatten() for name, tensor in named.items() if name != "loss"])
+        for named in (once, mean, mean_of_means)
+    )
+    assert (steps - right).norm() / right.norm() < 1e-5
     assert (wrong - right).norm() / right.norm() > 0.1

@@ -25,6 +25,18 @@ def vlm(qwen_folder):
         return Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(qwen_folder / "model"))
 
 
+# --- read ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_image_is_read_with_its_own_colours(tmp_path, mode):
+    colour = {"RGB": (200, 90, 30), "RGBA": (200, 90, 30, 255), "L": 90}[mode]
+    Image.new(mode, (4, 2), colour).save(tmp_path / "a.png")
+    image = images.open_image(tmp_path, "a.png")
+    assert (image.mode, image.size) == ("RGB", (4, 2))
+    assert image.getpixel((3, 1)) == ((90, 90, 90) if mode == "L" else (200, 90, 30))
+
+
 # --- found ---------------------------------------------------------------------------------------------------------
 
 

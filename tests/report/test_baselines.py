@@ -65,6 +65,12 @@ def test_forms_that_answers_share_are_counted_first():
     assert records == [{"baselines": {"type": True, "question": True, "nearest": True}}]
 
 
+def test_baselines_are_told_from_training_answers_alone():
+    train, asked, records = [example("no", [])], [example("yes", []) for _ in range(3)], [{} for _ in range(3)]
+    add_baselines(records, asked, train, SimpleNamespace(score=score))
+    assert records == [{"baselines": {"type": False, "question": False, "nearest": False}}] * 3
+
+
 def example(answer: str, also_right: list[str]) -> SimpleNamespace:
     known = {"question_type": "yes_no", "question": "Is it moving?"}
     return SimpleNamespace(**known, answer=answer, also_right=also_right)

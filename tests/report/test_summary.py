@@ -1,10 +1,12 @@
 """The figures of a run and their table: every record counts, micro and macro, beside the best blind baseline."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 
+from report import predictions
 from report.scoring import score_answer
 from report.summary import auroc, results_table, summarise
 
@@ -22,6 +24,15 @@ def test_missing_predictions_stay_in_the_denominator():
     overall = summarise(records)["micro"]
     assert (overall["n"], overall["exact"], overall["baselines"]) == (4, 0.25, {"type": 1.0})
     assert overall["gain"] == -0.75
+
+
+def test_examples_that_another_program_has_not_answered_stay_in_it_too(tmp_path):
+    lines = [{"id": name, "question": "Is it?", "answer": "yes"} for name in "abcd"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "said.jsonl").write_text('{"id": "b", "prediction": "yes"}\n{"id": "c", "prediction": null}\n')
+    asked = predictions.read_examples(tmp_path / "test.jsonl", "test")
+    records = predictions.read_predictions(tmp_path / "said.jsonl", asked, [])["records"]
+    assert [record["id"] for record in records if record["correct"]] == ["b"] and len(records) == 4
 
 
 def test_the_best_baseline_is_the_one_that_counts():
@@ -47,6 +58,14 @@ def test_the_interval_of_a_difference_is_paired():
     crossed = [record("t", "yes", "yes" if i % 2 else "no", i, {"type": "no" if i % 2 else "yes"}) for i in range(40)]
     low, high = summarise(crossed)["micro"]["gain_interval"]
     assert low < -0.2 and high > 0.2
+
+
+def test_intervals_are_of_complete_groups():
+    """Of ten patients, whose twenty questions each go right or wrong together, as much is known as of ten questions."""
+    records = [record("t", "yes", "yes" if i % 2 else "no", i, {"type": "no"}) for i in range(10) for _ in range(20)]
+    for entry in (summarise(records)["micro"], summarise(records)["types"]["t"]):
+        for low, high in (entry["interval"], entry["gain_interval"]):
+            assert low < 0.3 and high > 0.7
 
 
 def test_a_single_group_has_no_interval():

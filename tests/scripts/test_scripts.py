@@ -168,6 +168,17 @@ def test_a_tower_of_images_is_in_training_mode_where_it_is_trained(each, data, t
     assert not any(module.training for module in model.eval().modules())
 
 
+# --- the loop --------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
+    args = SimpleNamespace(lr=2e-4, warmup=0.09)
+    rates = [load("llava_med").learning_rate(step, 100, args) for step in range(1, 101)]
+    assert rates[:9] == pytest.approx([2e-4 * step / 9 for step in range(1, 10)])  # linear, up to the peak
+    assert rates[54] == pytest.approx(1e-4)  # half way down
+    assert rates[8:] == sorted(rates[8:], reverse=True) and 0 < rates[-1] < 2e-7
+
+
 # --- the docstring ---------------------------------------------------------------------------------------------
 
 

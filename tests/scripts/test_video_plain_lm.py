@@ -279,24 +279,28 @@ def batch(demo, trees, max_tokens: int = 4096) -> dict:
     return {**packed, **demo.read_media(packed["prompts"])}
 
 
-def test_every_feature_stands_at_its_own_position(data):
+# of 8 frames 4: 7 / 3 = 2.33 apart
+@pytest.mark.parametrize(("fast", "slow"), [([0, 2, 5, 7], [0, 2, 5, 7]), ([0, 7], [0, 2, 5, 7]), ([0, 2, 5, 7], [0])])
+def test_every_feature_stands_at_its_own_position(plain_folder, fast, slow):
     """Against transformers' DINOv2 and image processor, and the packers called a frame at a time."""
+    flags = [*vision(plain_folder), "--from-scratch", "--fast-frames", len(fast), "--slow-frames", len(slow)]
+    data = load_demo(plain_folder, script, *flags)
     model, tree = load(data), next(tree for tree in data.trees if tree.media)
     found = embeddings(model, batch(data, [tree]))
     tower = AutoModel.from_pretrained(data.folder / "vision")
     frames = all_frames(data.folder / "data" / video_of(tree.media))
     assert len(frames) == 8
-    fast, slow = [], []
-    for i in (0, 2, 5, 7):  # of 8 frames 4: 7 / 3 = 2.33 apart
-        pixels = data.task.processor([frames[i]], return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            states = model.vlm.projector(tower(pixels).last_hidden_state[:, 1:]).unflatten(1, (16, 16))
-            fast.append(model.vlm.fast_packer(states)[0])
-            slow.append(model.vlm.slow_packer(states)[0])
-    torch.testing.assert_close(found[:36], torch.cat(fast), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found[36:360], torch.cat(slow), atol=1e-5, rtol=1e-4)
+    expected = []
+    for shown, packer in ((fast, model.vlm.fast_packer), (slow, model.vlm.slow_packer)):
+        for i in shown:
+            pixels = data.task.processor([frames[i]], return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                states = model.vlm.projector(tower(pixels).last_hidden_state[:, 1:]).unflatten(1, (16, 16))
+                expected.append(packer(states)[0])
+    n = 9 * len(fast) + 81 * len(slow)
+    torch.testing.assert_close(found[:n], torch.cat(expected), atol=1e-5, rtol=1e-4)
     ids = torch.tensor(tree.branches[0][0])
-    torch.testing.assert_close(found[360:], model.vlm.get_input_embeddings()(ids).detach())
+    torch.testing.assert_close(found[n:], model.vlm.get_input_embeddings()(ids).detach())
 
 
 @pytest.mark.parametrize("path", ["fast", "slow"])
