@@ -18,7 +18,7 @@ import train_qwen2vl_sentinel
 import train_surg_video_vqa
 import train_umbrella_mri
 import train_video_plain_lm
-from runtime import saving
+from runtime import ranks, saving
 
 ROOT = Path(train_llava_med.__file__).parent
 FLAGS = ["--limit", 200, "--questions-per-step", 40, "--max-steps", 6, "--lr", 1e-3, "--lora-dropout", 0]
@@ -321,6 +321,16 @@ def test_what_ranks_say_to_each_other_arrives():
     codes, texts = ended(start([], before=TALK))
     assert codes == [0, 0], texts
     assert all("talked" in text for text in texts)
+
+
+@pytest.mark.parametrize("largest", [1.0, 5.0, 20.0])
+def test_gradients_are_only_ever_scaled_down(largest):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]  # the last has no gradient
+    for parameter, value in zip(parameters, (3.0, -4.0), strict=False):
+        parameter.grad = torch.tensor([value])
+    assert ranks.clip_gradients(parameters, largest) == 5.0
+    scaled = [parameter.grad.item() for parameter in parameters[:2]]
+    assert scaled == pytest.approx([3 * min(1, largest / 5), -4 * min(1, largest / 5)])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that is stopped and started again is the same run, bit for bit on a CPU."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ import torch
 from helpers import metrics_of, read_lines, read_tensors, refused, run, stop_in
 
 import train_llava_med
-from runtime import checkpoints, saving, shards
+from runtime import Run, checkpoints, ranks, saving, shards
 from runtime.metrics import Metrics
 from runtime.saving import KEPT  # as it is before the tests raise it
+from runtime.signals import StopSignal
 
 ROOT = Path(train_llava_med.__file__).parent
 # 40 questions of four images, at most 12 a step: 4 steps an epoch. Dropout draws random numbers in every step.
@@ -146,6 +148,19 @@ def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tm
     assert 2 <= steps[-1] < 16
     run(demo_folder, out, *flags)
     assert_same_run(out, tmp_path / "undisturbed", steps=16)
+
+
+def test_draws_depend_on_seed_step_and_rank_alone(tmp_path, monkeypatch):
+    def drawn(seed: int, step: int, rank: int) -> float:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        device = torch.device("cpu")
+        Run(SimpleNamespace(seed=seed), tmp_path, device, torch.float32, StopSignal()).seed(step)
+        return float(torch.rand(1))
+
+    cases = list(itertools.product(range(3), repeat=3))
+    first = [drawn(*case) for case in cases]
+    assert len(set(first)) == len(cases)
+    assert [drawn(*case) for case in cases[::-1]] == first[::-1]
 
 
 def test_a_metrics_line_with_a_line_separator_in_an_id_is_kept(tmp_path):

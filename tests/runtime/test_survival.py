@@ -21,7 +21,7 @@ from PIL import Image
 import common
 import train_llava_med
 from inputs import data_check
-from runtime import lock, ranks, saving
+from runtime import files, lock, ranks, saving
 from runtime.signals import StopSignal
 
 ROOT = Path(train_llava_med.__file__).parent
@@ -203,6 +203,19 @@ def test_a_file_that_cannot_grow_is_named_and_leaves_the_earlier_checkpoints(
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     run(demo_folder, out, *FLAGS)
     assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
+
+
+def test_a_kill_while_a_file_is_replaced_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.write_json(path, "old")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_json(path, "new")
+    assert json.loads(path.read_text()) == "old"
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_before_weights_are_read(demo_folder, tmp_path, monkeypatch):
