@@ -24,10 +24,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m report", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN/report; of several runs required)")
-    parser.add_argument("--predictions", type=Path, help="predictions of another program, JSON lines")
+    parser.add_argument("--predictions", type=Path, help="another program's JSON lines, each with id and prediction")
     parser.add_argument("--test", type=Path, help="the examples they answer, in any layout that the scripts read")
     parser.add_argument("--train", type=Path, help="the training examples: without them there are no blind baselines")
-    parser.add_argument("--fields", default="", metavar="NAME=THEIRS,…", help="fields of --predictions: id, prediction")
     parser.add_argument("--synonyms", type=Path, help="answers that the audit may find right for each other, by line")
     parser.add_argument("--data", type=Path, help="data folder: the leakage check alone")
     parser.add_argument("--endovis", choices=layouts.ENDOVIS, help="the published split of --data's EndoVis-18-VQA")
@@ -36,6 +35,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give run folders, or --predictions, or --data")
     if args.predictions and not args.test:
         parser.error("--predictions needs --test, the examples that they answer")
+    for path in filter(None, (args.predictions, args.test, args.train)):
+        if not path.is_file():
+            parser.error(f"{path}: no such file")
     if not args.data and not args.out:
         if len(args.runs) != 1:
             parser.error("--out required")
@@ -55,29 +57,26 @@ def check_data(args: argparse.Namespace) -> None:
     raise SystemExit(1 if result["findings"] or problems else 0)
 
 
-def read_answers(args: argparse.Namespace) -> tuple[dict, dict]:
-    """--predictions as a run, and the audit of the project's scorer on these examples."""
+def read_answers(args: argparse.Namespace) -> dict:
+    """--predictions as a run, with the audit of the project's scorer on these examples and their leakage check."""
     test = predictions.read_examples(args.test, "test")
     train = predictions.read_examples(args.train, "train") if args.train else []
-    run = predictions.read_predictions(args.predictions, test, train, predictions.read_fields(args.fields))
+    run = predictions.read_predictions(args.predictions, test, train)
     synonyms = read_synonyms(args.synonyms)
     audit = audit_scorer(lambda said, example: scoring.score(said, example)["exact"], test + train, synonyms)
     found = leakage.check(args.test.parent, train + test)
     leakage.print_result(found)
-    return {**run, "data": args.test.parent, "split": "test", "leakage": found}, audit
+    return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.data:
         check_data(args)
-    if args.predictions:
-        run, audit = read_answers(args)
-        runs = [run]
-    else:
-        runs = [read_run(folder) for folder in dict.fromkeys(args.runs)]
-        audit = write.worst(runs)
-    write.print_result(write.write(runs, args.out, audit))
+    runs = [read_answers(args)] if args.predictions else [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    result = write.write(runs, args.out)
+    write.print_result(result)
+    audit = result["audit"]
     if audit is None:
         print("scorer: not audited by this run's script; its --check does that")
     else:

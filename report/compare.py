@@ -29,30 +29,29 @@ def compare(a: dict, b: dict) -> dict | None:
     return {"a": a["name"], "b": b["name"], "n": len(pairs), "types": types, "micro": difference()}
 
 
-def seeds_of(runs: list[dict], found: list[dict]) -> list[dict]:
-    """Runs whose settings differ in the seed alone: mean, standard deviation, least and most of exact over them.
+def seeds_of(found: list[dict]) -> list[dict]:
+    """Of runs whose settings differ in the seed alone mean, standard deviation, least and most of exact over them.
 
-    `found` are the figures of the runs, see figures.summarise_run.
+    `found` are the figures of all runs, see figures.summarise_run.
     """
     alike = defaultdict(list)
-    for run, numbers in zip(runs, found, strict=True):
-        settings = {name: value for name, value in (run.get("settings") or {}).items() if name not in ("seed", "out")}
+    for run in found:
+        settings = {name: value for name, value in run["settings"].items() if name not in ("seed", "out")}
         if settings:
-            alike[json.dumps([run["script"], run["split"], settings], sort_keys=True)].append((run, numbers))
+            alike[json.dumps([run["script"], run["split"], settings], sort_keys=True)].append(run)
     aggregated = []
     for part in alike.values():
-        seeds = [run["settings"]["seed"] for run, _ in part]
+        seeds = [run["settings"]["seed"] for run in part]
         if len(set(seeds)) > 1:
-            kinds = set.intersection(*({*numbers["types"]} for _, numbers in part))
-            types = {kind: spread([numbers["types"][kind]["exact"] for _, numbers in part]) for kind in sorted(kinds)}
-            total = spread([numbers["micro"]["exact"] for _, numbers in part])
-            names = [run["name"] for run, _ in part]
-            aggregated.append({"runs": names, "seeds": seeds, "types": types, "micro": total})
+            kinds = sorted(set.intersection(*(set(run["types"]) for run in part)))
+            types = {kind: spread([run["types"][kind]["exact"] for run in part]) for kind in kinds}
+            total = spread([run["micro"]["exact"] for run in part])
+            aggregated.append({"runs": [run["name"] for run in part], "seeds": seeds, "types": types, "micro": total})
     return aggregated
 
 
 def spread(values: list[float]) -> dict:
-    """mean, sd (of a sample), least, most; there are at least two values"""
+    """mean, sd (of a sample), least, most of two values or more"""
     sd = float(np.std(values, ddof=1))
     return {"mean": float(np.mean(values)), "sd": sd, "least": min(values), "most": max(values)}
 

@@ -64,9 +64,8 @@ def draw_accuracy(runs: list[dict]):
             if entry is None:
                 continue  # this run has no such question
             y = place + (i - (len(runs) - 1) / 2) * height
-            keys[i] = axes.barh(
-                y, entry["exact"], height * 0.86, color=colour_of(i), label=short_label(runs[i]["name"])
-            )
+            bar = {"color": colour_of(i), "label": short_label(runs[i]["name"])}
+            keys[i] = axes.barh(y, entry["exact"], height * 0.86, **bar)
             if entry["interval"]:
                 line = {"linewidth": 1, "markersize": 5, "clip_on": False, "label": "95 % interval"}
                 (keys["interval"],) = axes.plot(entry["interval"], [y, y], "|-k", **line)
@@ -86,52 +85,31 @@ def draw_accuracy(runs: list[dict]):
 
 
 def draw_calibration(runs: list[dict]):
-    """Reliability diagrams with the number of answers in each bin below; of several runs that of all questions."""
-    panels = calibration_panels(runs)
+    """Reliability diagrams: of one run those of all questions and of its types, of several that of all questions."""
+    entries = [("all questions", runs[0]["micro"]), *runs[0]["types"].items()]
+    if len(runs) > 1:
+        entries = [(run["name"], run["micro"]) for run in runs]
+    panels = [(i, *entry) for i, entry in enumerate(entries) if "calibration" in entry[1]][:MOST_PANELS]
     if not panels:
         return None
-    most = sorted(range(len(panels)), key=lambda i: (not panels[i][3], -panels[i][1]["n"]))[:MOST_PANELS]
-    columns, lines = min(3, len(most)), math.ceil(len(most) / 3)
-    figure = new_figure(0.4 + 2.9 * columns, 3.5 * lines)
-    grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=[3.2, 1] * lines)
-    for axes in grid.flat:
+    columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
+    figure = new_figure(0.4 + 2.9 * columns, 2.9 * lines)
+    grid, fifths = figure.subplots(lines, columns, squeeze=False).ravel(), np.linspace(0, 1, 6)
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for place, i in enumerate(sorted(most)):
-        line, column = divmod(place, columns)
-        draw_reliability(*grid[2 * line : 2 * line + 2, column], *panels[i][:3])
+    for axes, (i, name, entry) in zip(grid, panels, strict=False):
+        calibration, colour = entry["calibration"], colour_of(i if len(runs) > 1 else 0)
+        bins = [b for b in calibration["bins"] if b["n"]]
+        confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
+        middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
+        axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
+        axes.bar_label(axes.bar(middles, accuracy, width, color=colour, alpha=0.45), n, fontsize=6)
+        axes.plot(confidence, accuracy, "o", color=colour, markersize=4, clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1.08), xticks=fifths, yticks=fifths)
+        axes.set(xlabel="its probability", ylabel="share of right ones")
+        title = f"{short_label(name)}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}"
+        axes.set_title(title, fontsize=9, loc="left")
     return figure
-
-
-def draw_reliability(above, below, name: str, calibration: dict, colour: str) -> None:
-    """How often right over how sure, and below it the number of answers."""
-    bins = [b for b in calibration["bins"] if b["n"]]
-    confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
-    middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
-    fifths = np.linspace(0, 1, 6)
-    above.set_axis_on()
-    above.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
-    above.bar(middles, accuracy, width, color=colour, alpha=0.45)
-    above.plot(confidence, accuracy, "o", color=colour, markersize=4, clip_on=False)
-    above.set(xlim=(0, 1), ylim=(0, 1.02), xticks=fifths, yticks=fifths, ylabel="share of right ones")
-    above.set_xticklabels([])
-    above.set_title(f"{name}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}", fontsize=9, loc="left")
-    below.set_axis_on()
-    below.bar_label(below.bar(middles, n, width, color=colour, alpha=0.8), fontsize=6)
-    below.set(xlim=(0, 1), ylim=(0, 1.35 * max(n, default=1)), xticks=fifths, yticks=[])
-    below.set(xlabel="its probability", ylabel="answers")
-    below.spines["left"].set_visible(False)
-
-
-def calibration_panels(runs: list[dict]) -> list[tuple]:
-    """(title, calibration, colour, of all questions?) of everything that has a calibration."""
-    panels = []
-    for i, run in enumerate(runs):
-        prefix = f"{short_label(run['name'], 24)}: " if len(runs) > 1 else ""
-        found = [("all questions", run["micro"])] if "calibration" in run["micro"] else []
-        if len(runs) == 1 or not found:
-            found += [(short_label(kind, 24), entry) for kind, entry in run["types"].items() if "calibration" in entry]
-        panels += [(prefix + name, entry["calibration"], colour_of(i), entry is run["micro"]) for name, entry in found]
-    return panels
 
 
 def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
@@ -143,17 +121,18 @@ def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
     figure = new_figure(8.6, 0.5 + 1.75 * len(names))
     panels = figure.subplots(len(names), squeeze=False, sharex=True)[:, 0]
     for axes, (field, name) in zip(panels, names.items(), strict=True):
+        if field != "lr":
+            axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib writes powers as formulas, which STYLE switches off
+        axes.yaxis.set_minor_formatter("{x:g}")
         for i, run in enumerate(runs):
-            lines = curves.get(run["name"], [])
-            axes.plot(
-                *series(lines, field), color=colour_of(i), linewidth=1, alpha=0.85, label=short_label(run["name"])
-            )
+            lines, line = curves.get(run["name"], []), {"color": colour_of(i), "linewidth": 1, "alpha": 0.85}
+            axes.plot(*series(lines, field), label=short_label(run["name"]), **line)
             if field == "loss":
                 style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour_of(i), "markersize": 4.5}
                 axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
         axes.set_ylabel(name)
         axes.grid(True)
-        scale(axes, logarithmic=field != "lr")
     panels[-1].set_xlabel("step")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
@@ -163,19 +142,6 @@ def series(lines: list[dict], field: str) -> tuple[list, list]:
     """Steps and values, as far as they were written. What is not finite leaves a gap."""
     found = [(line["step"], line[field]) for line in lines if isinstance(line.get(field), int | float)]
     return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
-
-
-def scale(axes, logarithmic: bool) -> None:
-    """Plain numbers on the axis: matplotlib writes powers as formulas, which STYLE switches off."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-    values = values[np.isfinite(values)]
-    if logarithmic and len(values) and values.min() > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if values.max() > 30 * values.min() else (1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def colour_of(i: int) -> str:

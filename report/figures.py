@@ -40,16 +40,14 @@ def summarise_run(run: dict) -> dict:
 
 
 def resampled(records: list[dict]) -> list[dict]:
-    """The records with the groups that intervals are over: their own, of a single group the numbers of its clips."""
+    """The records with the groups that intervals are over: their own, of a single group the numbers of its parts.
+
+    Records that share a file, directly or through others, are of one part.
+    """
     if len({record["group"] for record in records}) > 1:
         return records
-    return [{**record, "group": clip} for record, clip in zip(records, clips(records), strict=True)]
-
-
-def clips(records: list[dict]) -> list[int]:
-    """For each record the number of its clip: records that share a file, directly or through others, are of one."""
-    number = united([[("record", i), *record.get("media", [])] for i, record in enumerate(records)])
-    return [number["record", i] for i in range(len(records))]
+    part = united([[("record", i), *record.get("media", [])] for i, record in enumerate(records)])
+    return [{**record, "group": part["record", i]} for i, record in enumerate(records)]
 
 
 def label_figures(records: list[dict]) -> dict:
@@ -59,18 +57,16 @@ def label_figures(records: list[dict]) -> dict:
     those that never are the answer: such an empty class counts as zero, as does a label that is never predicted. A
     prediction that is no label takes nobody's precision and misses its own label's recall.
     """
-    named = {}  # form -> label
-    true = []
+    named, true = {}, []  # form -> label; the label of each record
     for record in records:
         own = [answer_label(form) for form in [record["answer"], *record.get("also_right", [])]]
         true.append(min(own, key=len))
-        named |= {form: true[-1] for form in own if form not in named}
+        for form in own:
+            named.setdefault(form, true[-1])
     candidates = records[0].get("candidates") or []
-    if any(record.get("candidates") != records[0].get("candidates") for record in records):
-        candidates = []
-    for candidate in map(answer_label, candidates):
-        named.setdefault(candidate, candidate)
-    labels = sorted({*true, *(named[answer_label(candidate)] for candidate in candidates)})
+    shared = all(record.get("candidates") == records[0].get("candidates") for record in records)
+    candidates = [answer_label(candidate) for candidate in candidates if shared]
+    labels = sorted({*true, *(named.setdefault(candidate, candidate) for candidate in candidates)})
     predicted = []
     for record, own in zip(records, true, strict=True):
         other = named.get(answer_label(record["prediction"]), OTHER)
@@ -116,14 +112,14 @@ def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> d
     confidence, right = np.asarray(confidence, dtype=float), np.asarray(right, dtype=float)
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], confidence)  # (n,): the bin of each
-    found, ece = [], 0.0
+    found = []
     for i in range(bins):
         inside = of == i
         n = int(inside.sum())
         sure, share = (float(x[inside].mean()) if n else None for x in (confidence, right))
         ends = {"low": float(edges[i]), "high": float(edges[i + 1])}
         found.append({**ends, "n": n, "confidence": sure, "accuracy": share})
-        ece += n / len(right) * abs(share - sure) if n else 0.0
+    ece = sum(b["n"] / len(right) * abs(b["accuracy"] - b["confidence"]) for b in found if b["n"])
     return {"ece": ece, "n": len(right), "bins": found}
 
 

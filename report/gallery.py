@@ -42,16 +42,18 @@ def probability(record: dict) -> float | None:
 
 
 def prepare(runs: list[dict], records: list[dict], media: list[dict]) -> dict:
-    """What page.js reads, data and media; the controls; and what the page says of volumes and of missing media."""
+    """What page.js reads, data and media; how many records each choice leaves; and of how many media there are."""
     types = {kind: i for i, kind in enumerate(dict.fromkeys(record["type"] for record in records))}
     rows = [row(record, types[record["type"]]) for record in records]
     names = [run["name"] for run in runs]
+    choices = {"run": (0, names), "type": (2, types), "state": (6, STATES)}  # their column, and what it can be
     volumes = [entry["name"].lower() for entry in media if entry["kind"] == "slices"]
     nifti = sum(name.endswith((".nii", ".nii.gz")) for name in volumes)
     return {
         "data": {"states": STATES, "types": list(types), "runs": names, "rows": rows, "size": ON_A_PAGE},
         "media": [[entry["kind"], entry["src"], entry["name"]] for entry in media],
-        "controls": controls(names, list(types), rows),
+        "left": {k: [sum(row[c] == i for row in rows) for i in range(len(of))] for k, (c, of) in choices.items()},
+        "probable": any(row[7] is not None for row in rows),
         "seen": sum(bool(record["media"]) for record in records),
         "nifti": nifti,
         "arrays": len(volumes) - nifti,
@@ -71,19 +73,3 @@ def row(record: dict, kind: int) -> list:
 def short(text: str) -> str:
     text = str(text)
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
-
-
-def controls(runs: list[str], types: list[str], rows: list[list]) -> dict[str, list[tuple]]:
-    """{select: its options (text, value, how many records it leaves)}: of run, type, result and order."""
-
-    def options(texts: list[str], column: int) -> list[tuple]:
-        return [(text, i, sum(row[column] == i for row in rows)) for i, text in enumerate(texts)]
-
-    everything = ("all", "", len(rows))
-    exact, relaxed, wrong, unanswered = (n for _, _, n in options(STATES, 6))
-    results = [("exact match", "0", exact), ("wrong or unanswered", "2 3", wrong + unanswered)]
-    results += [("relaxed match alone", "1", relaxed), ("unanswered", "3", unanswered)]
-    orders = [("as in the data", "", None), ("most probable first", "-1", None), ("least probable first", "1", None)]
-    found = {"run": [everything, *options(runs, 0)]} if len(runs) > 1 else {}
-    found |= {"type": [everything, *options(types, 2)], "result": [everything, *results]}
-    return found | ({"order": orders} if any(row[7] is not None for row in rows) else {})

@@ -16,8 +16,6 @@ from report import drawing, gallery
 
 FOLDER = Path(__file__).parent
 MOST_LINES = 200  # of a list of findings
-EXTRA = {"balanced": "balanced", "precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC"}
-EXTRA |= {"map": "mAP", "ranked": "ranked", "calibration": "ECE"}  # figures that only some runs have: their headings
 
 
 def page(result: dict, records: list, media: list, examples: list, figures: dict, faults: list = ()) -> str:
@@ -36,41 +34,24 @@ def page(result: dict, records: list, media: list, examples: list, figures: dict
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
-    runs, leakage = result["runs"], result["leakage"]
+    runs = result["runs"]
     script = "\n" + (FOLDER / "page.js").read_text("utf-8")  # all between the tags counts for its digest
     text = environment.get_template("page.html").render(
         result=result,
-        runs=[run | {"extra": extra_columns(run)} for run in runs],
+        runs=runs,
         baselines=any(run["micro"]["baselines"] for run in runs),
-        confused=confused(runs),
         figures={name: drawing.figure_svg(figure) for name, figure in figures.items()},
-        panels=len(drawing.calibration_panels(runs)),
         most_panels=drawing.MOST_PANELS,
         most_lines=MOST_LINES,
         shown=gallery.prepare(runs, records, media) if records else None,
         faults=faults,
         examples=examples,
-        split_types=dict.fromkeys(kind for s in leakage["splits"].values() for kind in s["question_types"])
-        if leakage
-        else [],
         started=started(runs),
         style=(FOLDER / "page.css").read_text("utf-8"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs
     )
     return text.encode("utf-8", "replace").decode()  # half a character, which JSON may hold, is none that UTF-8 has
-
-
-def extra_columns(run: dict) -> dict[str, str]:
-    """{field: heading} of EXTRA, as far as a question type of the run, or all together, has that figure."""
-    entries = [*run["types"].values(), run["micro"]]
-    return {field: name for field, name in EXTRA.items() if any(entry.get(field) is not None for entry in entries)}
-
-
-def confused(runs: list[dict]) -> dict[str, dict]:
-    """{run's name: {question type: its entry}} of the types that have figures of each label."""
-    found = {run["name"]: {kind: e for kind, e in run["types"].items() if e.get("per_label")} for run in runs}
-    return {name: types for name, types in found.items() if types}
 
 
 def started(runs: list[dict]) -> dict:

@@ -8,13 +8,11 @@ from report import examples, scoring
 from report.baselines import blind_answers
 from report.read import refuse
 
-# fields of a predictions file, and the names that they have where --fields names none
-PREDICTED = {"id": ("id", "question_id"), "prediction": ("prediction", "predicted_answer", "response")}
+FIELDS = [("id", "question_id"), ("prediction", "predicted_answer", "response")]  # of a predictions file: usual names
 
 
 def read_examples(path: Path, split: str) -> list[Example]:
     """The examples of one file, all of `split`. Ends with what is wrong where one cannot be read, or has no answer."""
-    refuse_missing(path)
     found, problems = examples.read(path, split)
     first = {}
     for example in found:
@@ -29,26 +27,12 @@ def read_examples(path: Path, split: str) -> list[Example]:
     return found
 
 
-def refuse_missing(path: Path) -> None:
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file")
-
-
-def read_fields(text: str) -> dict[str, str]:
-    """{"prediction": "predicted_answer"} of "prediction=predicted_answer,…"."""
-    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    for name, _, theirs in pairs:
-        if name not in PREDICTED or not theirs:
-            raise SystemExit(f"--fields {text}: {name!r} is none of {', '.join(PREDICTED)}, each NAME=THEIRS")
-    return {name: theirs for name, _, theirs in pairs}
-
-
-def read_predictions(path: Path, test: list[Example], train: list[Example], fields: dict[str, str]) -> dict:
+def read_predictions(path: Path, test: list[Example], train: list[Example]) -> dict:
     """A predictions file, a line a question, scored against the examples `test`; `train` gives the blind baselines.
 
     An example that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
     """
-    answered = read_lines(path, known_ids(test), fields)
+    answered = read_lines(path, known_ids(test))
     training = [(example.question_type, example.question, scoring.forms(example)) for example in train]
     blind = blind_answers(training, [(example.question_type, example.question) for example in test])
     names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
@@ -69,20 +53,17 @@ def known_ids(test: list[Example]) -> dict[str, str]:
     return (known if len(known) == len(test) else {}) | {example.id: example.id for example in test}
 
 
-def read_lines(path: Path, known: dict[str, str], fields: dict[str, str]) -> dict[str, str | None]:
+def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
     """{example's ID: what is answered} of a predictions file. Ends with what is wrong where there is something."""
-    refuse_missing(path)
     lines, problems = read_jsonl(path)
     answered = {}
     for where, line in lines:
-        found = {}
-        for name, usual in PREDICTED.items():
-            theirs = [fields[name]] if name in fields else usual
-            present = [line[key] for key in theirs if key in line]
-            if not present:
-                problems.append(Problem(where, None, f"no field {' or '.join(theirs)}; name it with --fields {name}=…"))
-            found[name] = present[0] if present else None
-        given, said = str(found["id"]), found["prediction"]
+        missing = [names for names in FIELDS if not line.keys() & set(names)]
+        if missing:
+            problems.append(Problem(where, None, f"no field {' or '.join(missing[0])}; rename the one that is meant"))
+            continue
+        given, said = (next(line[name] for name in names if name in line) for names in FIELDS)
+        given = str(given)
         name = known.get(given)
         if not isinstance(said, str | int | float | None):
             problems.append(Problem(where, given, f"the prediction must be a text or null: {said!r}"))

@@ -13,13 +13,13 @@ from PIL import Image, ImageOps
 from inputs import videos, volumes
 from inputs.files import inside
 
-PICTURES = {".jpg", ".jpeg", ".png"}  # several of them in a row are the frames of a clip
-KINDS = dict.fromkeys((".gif", ".webp", ".apng"), "pictures") | {".wav": "sound"}
+KINDS = dict.fromkeys((".jpg", ".jpeg", ".png"), "frame")  # several of them in a row are a clip
+KINDS |= dict.fromkeys((".gif", ".webp", ".apng"), "pictures") | {".wav": "sound"}
 KINDS |= dict.fromkeys((".nii", ".gz", ".npy", ".npz"), "volume")
 HEIGHT, STRIP_HEIGHT, WIDEST, GAP = 112, 84, 448, 2  # pixels
 MOST_FRAMES, MOST_DECODED = 4, 1000  # frames of a clip that are shown; of an animation that are looked at
 MOST_PIXELS, MOST_VOXELS = 50_000_000, 2**27
-MOST_ALIKE = 5  # faults of one kind that are named
+MOST_NAMED = 20  # files that cannot be shown
 MOST_SOUND = 400_000  # bytes, 12 seconds of 16 kHz
 PICTURES_SHARE = 0.75  # of the budget, where there is sound, too: it is heavy
 
@@ -29,7 +29,7 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
 
     Wrong predictions come first, then right ones spread evenly over the records; when the budget (characters of all
     data URIs) is full, nothing more is opened. Pictures come before sound. What cannot be shown is left out; the
-    faults name some files of each kind of fault, and count the others.
+    faults name some of these files, and count the others.
     """
     named = {name for record in records for name in record["media"]}
     if folder is None or not named:
@@ -38,16 +38,29 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
         where = "start python -m report in the folder where the run was started"
         return [], [[] for _ in records], [f"the data folder {folder} is not here: {where}"]
     jobs = [(i, thing) for i, record in enumerate(records) for thing in things(record["media"])]
-    jobs.sort(key=lambda job: urgency(*job, records))
-    made, media, faults = make(folder, [thing for _, thing in jobs], budget)
-    of = [[] for _ in records]
+    # the bits of the index reversed: 0, n/2, n/4, 3n/4 … are even
+    jobs.sort(key=lambda job: (job[1][0] == "sound", records[job[0]]["correct"], int(f"{job[0]:040b}"[::-1], 2)))
+    with_sound = any(kind == "sound" for _, (kind, _) in jobs)
+    room = {False: budget * (PICTURES_SHARE if with_sound else 1), True: budget}  # of pictures; of all
+    made, media, of, faults, used = {}, [], [[] for _ in records], [], 0  # made: the index of each thing, or None
     for i, thing in jobs:
-        if made.get(thing) is not None:
-            of[i].append(made[thing])
-    for texts in faults.values():
-        more = len(texts) - MOST_ALIKE
-        texts[MOST_ALIKE:] = [f"… and {more:,} more like the last"] if more > 0 else []
-    missing = [text for texts in faults.values() for text in texts]
+        sound = thing[0] == "sound"
+        if thing not in made and room[sound]:
+            try:
+                entry = thumbnail(folder, *thing)
+            except Exception as error:  # damaged files make a decoder raise anything
+                made[thing] = None
+                faults.append(fault(folder, thing[1], error))
+                continue
+            if used + len(entry["src"]) > room[sound]:
+                room[sound] = 0
+                continue
+            made[thing] = len(media)
+            media.append(entry)
+            used += len(entry["src"])
+        of[i] += [made[thing]] if made.get(thing) is not None else []
+    missing, more = faults[:MOST_NAMED], len(faults) - MOST_NAMED
+    missing += [f"… and {more:,} more"] if more > 0 else []
     unknown = sum(kind_of(name) is None for name in named)
     missing += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
     left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
@@ -55,9 +68,7 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
 
 
 def kind_of(name: str) -> str | None:
-    """What a file is shown as: frame, pictures, volume, sound; None where it cannot be."""
-    suffix = Path(name).suffix.lower()
-    return "frame" if suffix in PICTURES else KINDS.get(suffix)
+    return KINDS.get(Path(name).suffix.lower())
 
 
 def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -67,48 +78,11 @@ def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
     return found + [(kind_of(name), (name,)) for name in names if kind_of(name) not in ("frame", None)]
 
 
-def urgency(i: int, thing: tuple, records: list[dict]) -> tuple:
-    """Pictures before sound, wrong before right; the bits of the index reversed: 0, n/2, n/4, 3n/4 … are even."""
-    return thing[0] == "sound", records[i]["correct"], int(f"{i:040b}"[::-1], 2)
-
-
-def make(folder: Path, things: list[tuple], budget: int) -> tuple[dict, list[dict], dict[str, list[str]]]:
-    """{thing: its index into media, None where it cannot be made}, media, {kind of fault: faults}."""
-    with_sound = any(kind == "sound" for kind, _ in things)
-    budgets = {False: budget * (PICTURES_SHARE if with_sound else 1), True: budget}  # of pictures; of all
-    made, media, faults = {}, [], {}
-    used, full = 0, {False: False, True: False}
-    for kind, names in dict.fromkeys(things):
-        sound = kind == "sound"
-        if full[sound]:
-            continue
-        try:
-            entry = thumbnail(folder, kind, names)
-        except Exception as error:  # damaged files make a decoder raise anything
-            made[kind, names] = None
-            text, alike = fault(folder, names, error)
-            faults.setdefault(alike, []).append(text)
-            continue
-        full[sound] = used + len(entry["src"]) > budgets[sound]
-        if not full[sound]:
-            made[kind, names] = len(media)
-            media.append(entry)
-            used += len(entry["src"])
-    return made, media, faults
-
-
-def fault(folder: Path, names: tuple[str, ...], error: Exception) -> tuple[str, str]:
-    """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice.
-
-    And the same without what differs from file to file: names and numbers.
-    """
+def fault(folder: Path, names: tuple[str, ...], error: Exception) -> str:
+    """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice."""
     text = (str(error) or type(error).__name__).replace(f"{folder.resolve()}/", "")
     text = re.sub(r"; [^;]*--skip-bad[^;]*$", "", text)
-    text = text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
-    alike = text
-    for name in sorted(names, key=len, reverse=True):
-        alike = alike.replace(name, "")
-    return text, re.sub(r"\d[\d,.]*", "0", alike)
+    return text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
 
 
 # ---- one thumbnail ----
@@ -118,26 +92,26 @@ def thumbnail(folder: Path, kind: str, names: tuple[str, ...]) -> dict:
     """{kind: image, strip, slices or sound; src: a data URI; name}. Of a damaged file a reader raises anything."""
     path = inside(folder, names[0])
     if kind == "sound":
-        return {"kind": "sound", "src": sound(path), "name": names[0]}
+        with path.open("rb") as file:
+            content = file.read(MOST_SOUND + 1)
+        if len(content) > MOST_SOUND or not content.startswith(b"RIFF"):
+            raise ValueError(f"no WAV file of at most {MOST_SOUND:,} bytes")
+        return {"kind": "sound", "src": data_uri("audio/wav", content), "name": names[0]}
     if kind == "volume" and not is_video(path):
         return {"kind": "slices", "src": jpeg(slices(*open_volume(path))), "name": names[0]}
+    read = (videos.read_frames(folder, name, largest=MOST_PIXELS) for name in names)
     if len(names) > 1:
-        frames = [small(next(videos.read_frames(folder, name, largest=MOST_PIXELS))) for name in names]
+        frames = [next(frames) for frames in read]
     else:
-        read = videos.read_frames(folder, names[0], largest=MOST_PIXELS)
-        frames = [small(frame) for frame in islice(read, MOST_DECODED)]
+        frames = [ImageOps.contain(frame, (WIDEST, HEIGHT)) for frame in islice(next(read), MOST_DECODED)]
         frames = [frames[i] for i in videos.evenly(len(frames), MOST_FRAMES)]
     several = len(frames) > 1
     picture = side_by_side(frames, STRIP_HEIGHT if several else HEIGHT)
     return {"kind": "strip" if several else "image", "src": jpeg(picture), "name": ", ".join(names)}
 
 
-def small(picture: Image.Image, height: int = HEIGHT) -> Image.Image:
-    return ImageOps.contain(picture, (WIDEST, height))
-
-
 def side_by_side(pictures: list[Image.Image], height: int) -> Image.Image:
-    pictures = [small(picture, height) for picture in pictures]
+    pictures = [ImageOps.contain(picture, (WIDEST, height)) for picture in pictures]
     strip = Image.new("RGB", (sum(p.width + GAP for p in pictures) - GAP, height), (128, 128, 128))
     for i, picture in enumerate(pictures):
         strip.paste(picture, (sum(p.width + GAP for p in pictures[:i]), 0))
@@ -190,16 +164,11 @@ def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
     return side_by_side(pictures, HEIGHT)
 
 
-def sound(path: Path) -> str:
-    if path.stat().st_size > MOST_SOUND:
-        raise ValueError(f"{path.stat().st_size:,} bytes of sound: too large for the page")
-    content = path.read_bytes()
-    if content[:4] != b"RIFF":
-        raise ValueError("no WAV file")
-    return f"data:audio/wav;base64,{base64.b64encode(content).decode()}"
-
-
 def jpeg(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=70, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri("image/jpeg", buffer.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

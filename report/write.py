@@ -13,20 +13,22 @@ from report.summary import ends, percent, results_table
 from runtime.files import write_json, write_text, writing
 
 
-def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
+def write(runs: list[dict], out: Path) -> dict:
     """report.html, results.json and the figures of one or several runs, into the folder `out`; returns the results."""
     found = [summarise_run(run) for run in runs]
     for run, numbers in zip(runs, found, strict=True):
         if "folder" in run:
             add_blind_runs(run, numbers)
     compared = [compare(a, b) for a, b in combinations(runs, 2)]
+    audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
+    leakage = [{**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")]
     result = {
         "title": ", ".join(run["name"] for run in runs),
         "runs": found,
         "comparisons": [pair for pair in compared if pair],
-        "seeds": seeds_of(runs, found),
-        "audit": audit or worst(runs),
-        "leakage": next(({**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")), None),
+        "seeds": seeds_of(found),
+        "audit": max(audits, key=lambda audit: audit["failed"], default=None),  # that of the worst scorer
+        "leakage": leakage[0] if leakage else None,
     }
     records, media, faults = gallery.entries(runs)
     examples = [{"run": run["name"], **run["example"]} for run in runs if run.get("example")]
@@ -37,12 +39,6 @@ def write(runs: list[dict], out: Path, audit: dict | None = None) -> dict:
     write_json(out / "results.json", result)
     write_text(out / "report.html", page(result, records, media, examples, figures, faults))
     return result
-
-
-def worst(runs: list[dict]) -> dict | None:
-    """Of the audits that scripts made of their own scorers the one with most failures."""
-    audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
-    return max(audits, key=lambda audit: audit["failed"], default=None)
 
 
 def write_report(folder: Path) -> None:

@@ -118,7 +118,8 @@ def test_one_group_alone_is_resampled_by_what_shares_no_media():
     """Of clips that overlap a chain is one: 1-2, 2-3 and 3 belong together."""
     media = [["1", "2"], ["2", "3"], ["3"], ["8"], ["9"], ["9", "8x"]]
     records = [as_written("t", "yes", "yes" if i % 2 else "no", media=names) for i, names in enumerate(media)]
-    assert len(set(figures.clips(records)[:3])) == 1 and len(set(figures.clips(records))) == 3
+    parts = [record["group"] for record in figures.resampled(records)]
+    assert len(set(parts[:3])) == 1 and len(set(parts)) == 3
     found = figures.summarise_run({"name": "r", "records": records})
     assert found["micro"]["groups"] == 3 and found["micro"]["interval"] and "of its 3 parts" in found["notes"][0]
     same = [{**record, "media": ["1"]} for record in records]
@@ -142,7 +143,7 @@ def test_runs_that_differ_in_their_seed_alone_are_aggregated():
         return {"name": str(seed), "records": records, "settings": settings, "script": "x.py", "split": "test"}
 
     runs = [of(0, 5), of(1, 7), of(2, 9), of(3, 1, lr=1.0)]
-    (found,) = compare.seeds_of(runs, [figures.summarise_run(r) for r in runs])
+    (found,) = compare.seeds_of([figures.summarise_run(r) for r in runs])
     assert found["seeds"] == [0, 1, 2] and found["micro"]["mean"] == pytest.approx(0.7)
     assert found["micro"]["sd"] == pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1))
     assert (found["micro"]["least"], found["micro"]["most"]) == (0.5, 0.9)
@@ -195,14 +196,14 @@ def test_a_published_predictions_file_gets_its_baselines_and_clustered_intervals
     assert "scope_forward_motion" in page and (published / "out/results.json").is_file()
 
 
-def test_what_a_predictions_file_has_wrong_is_named(published, real_questions):
+def test_what_a_predictions_file_has_wrong_is_named(published, real_questions, capsys):
     path = published / "predictions.jsonl"
     lines = read_lines(path)
 
     def refused(changed: list[dict]) -> str:
         write_jsonl(path, changed)
         with pytest.raises(SystemExit) as caught:
-            predictions.read_predictions(path, real_questions, [], {})
+            predictions.read_predictions(path, real_questions, [])
         return str(caught.value)
 
     text = refused([*lines, lines[3], {**lines[0], "question_id": "qa_9"}])
@@ -212,14 +213,11 @@ def test_what_a_predictions_file_has_wrong_is_named(published, real_questions):
     assert "the prediction must be a text or null: ['no']" in text and "(id None): no example" in text
     assert "the file holds no examples" in refused([])
     renamed = [{"qid": line["question_id"], "said": line["predicted_answer"]} for line in lines]
-    text = refused(renamed)
-    assert "predictions.jsonl:1: no field id or question_id; name it with --fields id=" in text
-    assert of_others(published, "--fields", "id=qid,prediction=said")["runs"][0]["n"] == 1000
-    with pytest.raises(SystemExit, match="'answer' is none of id, prediction"):
-        predictions.read_fields("answer=said")
+    assert "predictions.jsonl:1: no field id or question_id; rename the one that is meant" in refused(renamed)
     path.unlink()
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(SystemExit):
         of_others(published)
+    assert "predictions.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_test_examples_of_one_id_or_without_an_answer_are_refused(tmp_path):
@@ -235,10 +233,10 @@ def test_test_examples_of_one_id_or_without_an_answer_are_refused(tmp_path):
 def test_examples_without_a_prediction_count_as_wrong(published, real_questions):
     path = published / "predictions.jsonl"
     lines = read_lines(path)
-    everything = predictions.read_predictions(path, real_questions, [], {})["records"]
+    everything = predictions.read_predictions(path, real_questions, [])["records"]
     right = [line for line in lines if line["predicted_answer"] == line["ground_truth"]]
     write_jsonl(path, right)
-    found = predictions.read_predictions(path, real_questions, [], {})
+    found = predictions.read_predictions(path, real_questions, [])
     assert len(found["records"]) == 1000
     correct = [sum(record["correct"] for record in records) for records in (found["records"], everything)]
     assert len(right) <= correct[0] <= correct[1]
