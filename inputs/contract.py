@@ -13,15 +13,13 @@ reads nothing of the script but its Task and its model. It says of each point wh
     merged      --merge writes a folder that opens again, with the same logits
 """
 
-import functools
 import hashlib
 import io
 import runpy
-import shutil
 import sys
 import tempfile
 import traceback
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -36,9 +34,7 @@ MUST_GIVE = ("encode", "placeholders", "measure", "read_media")
 FEW = 8  # examples that are trained on
 CLOSE = 1e-5  # relative difference of losses and logits in float32
 GRADIENTS = 1e-3  # and of gradients, which sum up more rounding
-FLAGS = (
-    f"--limit {FEW} --questions-per-step {FEW} --epochs 3 --max-steps 3 --dtype fp32 --workers 0 --no-report".split()
-)
+FLAGS = f"--limit {FEW} --questions-per-step {FEW} --epochs 3 --max-steps 3 --dtype fp32 --workers 0".split()
 
 
 class Broken(Exception):
@@ -55,10 +51,11 @@ class Contract:
 
     def holds(self) -> bool:
         """Test all points in order, each with a line; the first that is broken ends it."""
-        parts = [self.task_and_data, self.training, self.adapter, self.merged]
         try:
-            for part in parts:
-                part()
+            self.task_and_data()
+            self.training()
+            self.adapter()
+            self.merged()
         except Broken as broken:
             point, text = broken.args
             self.say(point, f"BROKEN: {text}")
@@ -80,7 +77,7 @@ class Contract:
         self.say("data", f"the data check passes: {number} examples")
         splits = [split for split in ("test", "val", "train") if self.seen.examples[split]]
         (self.folder / "ids").write_text("\n".join(self.chosen()) + "\n")
-        self.run_flags = [*FLAGS, "--only-ids", self.folder / "ids", "--eval-split", splits[0]]
+        self.run_flags = [*FLAGS, "--no-report", "--only-ids", self.folder / "ids", "--eval-split", splits[0]]
         self.run_flags += ["--out", self.folder / "run"]
 
     def training(self) -> None:
@@ -92,8 +89,9 @@ class Contract:
             self.before = digests(model.vlm)
 
         def write_final(original, load_model, folder, task, run):
-            self.compare_training()
-            self.logits = self.read_logits(self.seen.model)
+            if self.before:  # else main() has called no `place`, which `start` says
+                self.compare_training()
+                self.logits = self.read_logits(self.seen.model)
             return original(load_model, folder, task, run)
 
         self.start("training", self.run_flags, check=self.keep_data, place=place, write_final=write_final)
@@ -122,7 +120,7 @@ class Contract:
     def refuse_task(self, task: Task) -> None:
         """Broken unless the task gives all that a script must give."""
         kind = type(task).__name__
-        missing = [name for name in MUST_GIVE if getattr(type(task), name, None) in (None, getattr(Task, name))]
+        missing = [name for name in MUST_GIVE if not hasattr(task, name)]
         if not isinstance(task, Task) or missing:
             raise Broken("task", f"{kind} does not give {', '.join(missing) or 'a Task'}; see inputs/task.py")
         self.say("task", f"{kind} gives {', '.join(MUST_GIVE)}")
@@ -134,10 +132,7 @@ class Contract:
         name = type(seen.model.vlm).__name__
         if not abs(ours - own) <= CLOSE * max(1.0, abs(own)):
             text = f"loss differs from the model's own forward: {ours:.6f}, {name}.forward of transformers {own:.6f}. "
-            text += (
-                "Compare the model's `hidden` with it: positions, masks, features, or what else the decoder is given"
-            )
-            raise Broken("loss", text)
+            raise Broken("loss", text + "Compare `hidden` with it: positions, masks, features, or what else")
         text = f"{ours:.6f}, that of {name}.forward ({own:.6f})"
         self.say("loss", text + (f", the features at {', '.join(grafted)} being the script's own" if grafted else ""))
 
@@ -149,8 +144,6 @@ class Contract:
         self.say("packing", f"packed equals unpacked: loss to {loss:.0e}, gradients to {gradients:.0e}")
 
     def compare_training(self) -> None:
-        if not self.before:
-            raise not_called("training", "place")
         vlm, after = self.seen.model.vlm, digests(self.seen.model.vlm)
         trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad}
         changed = {name for name in after if after[name] != self.before[name]}
@@ -206,29 +199,22 @@ class Contract:
                     raise Broken(point, f"{' '.join(argv)}\n{log.getvalue()[-3000:]}\n{end.code}") from None
             except Exception:
                 raise Broken(point, f"{' '.join(argv)}\n{traceback.format_exc()}") from None
-        if watched.keys() - called:
-            raise not_called(point, min(watched.keys() - called))
-
-
-def not_called(point: str, name: str) -> Broken:
-    return Broken(point, f"main() does not call {PLACES[name].__name__}.{name}, as every script does")
+        for name in watched.keys() - called:
+            raise Broken(point, f"main() does not call {PLACES[name].__name__}.{name}, as every script does")
 
 
 PLACES = {"check": data_check, "place": shards, "write_final": models, "count": models}
 
 
-@contextmanager
 def watching(name: str, function, called: set):
     """Within, a shared function is function(original, *args), and its name is in `called` once it was called."""
     original = getattr(PLACES[name], name)
 
-    @functools.wraps(original)
     def seen(*args, **kwargs):
         called.add(name)
         return function(original, *args, **kwargs)
 
-    with patch.object(PLACES[name], name, seen):
-        yield
+    return patch.object(PLACES[name], name, seen)
 
 
 def digests(module: torch.nn.Module) -> dict[str, str]:
@@ -245,14 +231,11 @@ def some_of(names: set[str]) -> str:
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-") or not Path(argv[0]).is_file():
         raise SystemExit(__doc__)
-    folder = Path(tempfile.mkdtemp(prefix="contract-"))
     print(f"the contract of {argv[0]}:")
-    try:
-        if not Contract(Path(argv[0]), argv[1:], folder).holds():
+    with tempfile.TemporaryDirectory(prefix="contract-", ignore_cleanup_errors=True) as folder:
+        if not Contract(Path(argv[0]), argv[1:], Path(folder)).holds():
             raise SystemExit(1)
-        print("the contract holds")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    print("the contract holds")
 
 
 if __name__ == "__main__":

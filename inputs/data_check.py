@@ -127,10 +127,9 @@ def settle(path: Path, result: dict, fatal: list[Problem], faults: list[Problem]
     `fatal` are the checkpoint's and the scorer's faults, which no example can be left out for.
     """
     show.print_faults([*fatal, *faults])
-    skipped = sorted({problem.where for problem in faults}) if skip_bad and not fatal else []
-    failures = [str(problem) for problem in ([*fatal, *faults] if not skipped else [])]
-    reasons = [str(problem) for problem in faults] if skipped else []
-    told = {"failures": failures, "skipped": skipped, "skipped_because": reasons}
+    left_out = faults if skip_bad and not fatal else []
+    failures, skipped = [] if left_out else [*fatal, *faults], sorted({problem.where for problem in left_out})
+    told = {"failures": list(map(str, failures)), "skipped": skipped, "skipped_because": list(map(str, left_out))}
     write_json(path, {"passed": not failures, **result, **told})
     if failures:  # on every rank; one tells
         text = f"{len(failures)} faults, listed in {path}"

@@ -4,7 +4,6 @@
 """
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from inputs.files import inside, read_json
+from inputs.files import first_existing, inside, read_json
 
 FIELDS = ("image", "image_filename", "image_id", "img_id")  # the usual names of an example's image
 MAX_PIXELS = 50_000_000  # an image with more is refused before it is decoded
@@ -29,11 +28,7 @@ def named(data: Path, entry: dict) -> str:
 
 def find(data: Path, name: str) -> str:
     """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
-    with suppress(OSError):  # a name too long for any file
-        for candidate in (name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))):
-            if (data / candidate).exists():
-                return candidate
-    return name  # reported as missing when it is opened
+    return first_existing(data, [name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))])
 
 
 def open_image(data: Path, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from inputs import images
-from inputs.files import read_jsonl
+from inputs.files import SPLITS, read_jsonl
 from inputs.task import Example, collect, named, split_of
 from report.scoring import ARTICLE, OPTION_LABEL, normalise, says_nothing
 
@@ -145,9 +145,8 @@ def fields(entry: dict, unasked: str | None = None) -> dict:
     usual = re.sub(r"\W+", "_", kind.strip().lower())  # "Yes/No" would be a type of its own, without candidates
     if kind != usual and usual in TYPES:
         raise ValueError(f"question_type {kind!r}: spell it {usual!r}")
-    if candidates is not None and (
-        not isinstance(candidates, list) or not all(isinstance(c, str) and c.strip() for c in candidates)
-    ):
+    given = [] if candidates is None else candidates
+    if not isinstance(given, list) or not all(isinstance(text, str) and text.strip() for text in given):
         raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
     question = question.strip() if asked else ""
     found = {"question": question, "answer": str(answer).strip(), "question_type": kind}
@@ -201,30 +200,28 @@ def write_types(source: Path, target: Path) -> None:
     What training answers is read from the file itself, or for val.jsonl and test.jsonl from train.jsonl beside it,
     never from the examples that are to be answered. An entry with a fault is left as it is, for --check to report.
     """
-    split = source.stem if source.stem in ("train", "val", "test") else None
-    paths = {source: split} | ({source.with_name("train.jsonl"): "train"} if split in ("val", "test") else {})
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise SystemExit(f"{source}: {' and '.join(missing)} missing; colors are those that training answers")
-    read = {path: read_jsonl(path) for path in paths}
-    entries, problems = read[source]
-    if problems:
-        raise SystemExit("\n".join([*map(str, problems), "nothing was written"]))
-    triples = [(where, paths[path], entry) for path in paths for where, entry in read[path][0]]
-    examples, problems = collect(triples, functools.partial(asked, source.parent))
-    allow_training_answers(examples)
-    found, own = {example.where: example for example in examples}, {where for where, _ in entries}
+    split = source.stem if source.stem in SPLITS else None
+    training = source if split in ("train", None) else source.with_name("train.jsonl")
+    for path in (source, training):
+        if not path.is_file():
+            raise SystemExit(f"{source}: {path} is missing; colors are those that training answers")
+    entries, broken = read_jsonl(source)
+    if broken:
+        raise SystemExit("\n".join([*map(str, broken), "nothing was written"]))
+    make = functools.partial(asked, source.parent)
+    own, problems = collect(((where, split, entry) for where, entry in entries), make)
+    known = [] if training == source else collect(((w, "train", e) for w, e in read_jsonl(training)[0]), make)[0]
+    allow_training_answers(own + known)
     for problem in problems:
-        if problem.where in own:
-            print(f"left as it is: {problem}")
-    written, counts = [], Counter()
+        print(f"left as it is: {problem}")
+    found = {example.where: example for example in own}
     for where, entry in entries:
-        example = found.get(where)
-        told = {"question_type": example.question_type, "answer_candidates": example.candidates} if example else {}
-        written.append({**entry, **{name: value for name, value in told.items() if value and not entry.get(name)}})
-        counts.update([example.question_type] if example else [])
-    target.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in written), encoding="utf-8")
-    print(f"{target}: {len(written)} examples; " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+        if where in found:
+            told = {"question_type": found[where].question_type, "answer_candidates": found[where].candidates}
+            entry |= {name: value for name, value in told.items() if value and not entry.get(name)}
+    target.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in entries), encoding="utf-8")
+    counts = Counter(example.question_type for example in own).most_common()
+    print(f"{target}: {len(entries)} examples; {', '.join(f'{n} {kind}' for kind, n in counts)}")
 
 
 def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:

@@ -181,20 +181,6 @@ class Task:
             raise SystemExit(f"--model {self.args.model}: {error}") from None
         print(self.report["pad"])
 
-    # ---- must be given ----
-
-    def encode(self, example: Example, answer: str) -> tuple[list[int], list[int], list[int]]:
-        raise NotImplementedError(f"{type(self).__name__}.encode")
-
-    def placeholders(self, example: Example) -> dict[int | None, int]:
-        raise NotImplementedError(f"{type(self).__name__}.placeholders")
-
-    def measure(self, data: Path, name: str):
-        raise NotImplementedError(f"{type(self).__name__}.measure")
-
-    def read_media(self, data: Path, trees: list[common.Prompt]) -> dict:
-        raise NotImplementedError(f"{type(self).__name__}.read_media")
-
     # ---- may be changed ----
 
     def texts(self, example: Example) -> list[str]:

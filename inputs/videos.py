@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from inputs.files import file_sha256, inside, listed
+from inputs.images import MAX_PIXELS, MODES
 
 FRAMES = (".jpg", ".jpeg", ".png")
 FILES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
@@ -109,7 +110,7 @@ def digest(data: Path, name: str) -> str:
         raise ValueError(f"{name} cannot be read: {error}") from None
 
 
-def read_frames(data: Path, name: str, wanted=None, largest: int = 50_000_000) -> Iterator[Image.Image]:
+def read_frames(data: Path, name: str, wanted=None, largest: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
     path = inside(data, name)
     try:
@@ -130,7 +131,7 @@ def read_animation(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
     with Image.open(path, formats=["GIF", "WEBP", "PNG", "JPEG"]) as image:
         if image.width * image.height > largest:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
-        if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        if image.mode not in MODES:
             raise ValueError(f"colour mode {image.mode}; convert it to RGB")
         # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
         single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
