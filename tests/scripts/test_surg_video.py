@@ -552,7 +552,7 @@ def test_the_same_recording_may_be_in_two_splits_but_not_the_same_frames(copy, t
     refused(copy, tmp_path / "out", "--check")
     text = capsys.readouterr().out
     assert f"{b['frames'][0]}.jpg of test is also in train" in text
-    assert "test: 1 of " in text and ", 0 of which show nothing else" in text
+    assert "shared frames: test_multivideo.jsonl: 1 of " in text and ", 0 of which show nothing else" in text
 
 
 def test_an_answer_in_either_form_is_right_and_declared_synonyms_are_relaxed_matches(data):
