@@ -105,6 +105,7 @@ class LlavaTask(Task):
         if not self.tokenizer.chat_template:
             print("chat template: none in the checkpoint; Mistral's, as LLaVA-Med v1.5 was trained")
             self.tokenizer.chat_template = CHAT_TEMPLATE
+        models.refuse_template(self, folder, IMAGE)
         # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
         self.bos = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
         self.processor = images.processor(folder)
@@ -115,7 +116,6 @@ class LlavaTask(Task):
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_index from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
-        models.refuse_template(self, folder, IMAGE)
         seen, size = images.size_of(self.processor), config.vision_config.image_size
         if seen != (size, size):
             self.fault("preprocessor_config.json", f"{seen[0]} x {seen[1]} pixels, the vision tower takes {size}")
