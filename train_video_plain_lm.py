@@ -58,8 +58,7 @@ NEW_PATTERN = r"(projector|fast_packer|slow_packer)\..*"
 # the projections as Llama, Mistral and Qwen name them; what is adapted is printed. GPT-2's are no nn.Linear
 LORA_PATTERN = r"(?!vision_tower\.).*\.([qkvo]_proj|(gate|up|down)_proj)"
 LAYOUT = ["fast_frames", "slow_frames", "fast_grid", "slow_grid", "packer"]  # a model is bound to it
-# what a checkpoint is bound to: also to what it was trained for, and a fingerprint of the tower
-OWN_SETTINGS = [*LAYOUT, "from_scratch", "vision_weights"]
+OWN_SETTINGS = [*LAYOUT, "from_scratch", "vision_weights"]  # what a checkpoint is bound to: also to the tower's weights
 
 
 def parse_arguments(argv):
@@ -117,8 +116,8 @@ def make_example(data: Path, args, where: str, split: str | None, entry: dict) -
     files, count = videos.find(data, video, args.fast_frames, args.slow_frames) if video else ([], None)
     group = named(entry, "group", video or name)  # videos of one procedure or patient; else the video
     entry = questions.composed(entry)  # é is one character or two: one, so that a word has one spelling
-    said = [text for turn in entry.get("history") or [] for text in turn]  # all that was said before is read
-    question = "\n".join(filter(None, [*said, (entry.get("question") or "").strip()]))
+    before = [text for turn in entry.get("history") or [] for text in turn]  # earlier turns are read, too
+    question = "\n".join(filter(None, [*before, (entry.get("question") or "").strip()]))
     return Clip(
         where=where,
         split=split or split_of(group),
