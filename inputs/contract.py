@@ -1,6 +1,6 @@
 """The contract put to the test on any script: python -m inputs.contract SCRIPT.py --model … --data … [its flags]
 
-The script runs as a user starts it, two steps on a few examples in float32, in a folder that is removed afterwards;
+The script runs as a user starts it, three steps on a few examples in float32, in a folder that is removed afterwards;
 the contract looks on where its main() calls shared code (data_check.check, shards.place, models.write_final), and
 reads nothing of the script but its Task and its model. It says of each point whether it holds:
 

@@ -63,7 +63,7 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
 
     def look(name: str) -> tuple:
         try:
-            return None, measure(data, name), file_sha256(data / name)
+            return None, measure(data, name), file_sha256(data, name)
         except ValueError as error:
             return str(error), None, None
 

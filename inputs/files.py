@@ -90,6 +90,10 @@ def by_number(name: str) -> tuple[list, str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(data: Path, name: str) -> str:
+    """The SHA-256 of a file of the data folder. Raises ValueError where it cannot be read."""
+    try:
+        with inside(data, name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None

@@ -73,7 +73,7 @@ class Media(NamedTuple):
 
 def measure(data: Path, name: str) -> tuple[int, str]:
     """(frames, sha256) of a file, each frame decoded."""
-    return sum(1 for _ in read_frames(data, name)), file_sha256(data / name)
+    return sum(1 for _ in read_frames(data, name)), file_sha256(data, name)
 
 
 def count(files: list[str], of_folder: int | None, measured: dict) -> int:
@@ -90,7 +90,7 @@ def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Im
     A change is found by the number of frames, and with `contents`, a sha256 for each file, in all.
     """
     if contents:
-        changed = [name for name, known in zip(media.files, contents, strict=True) if digest(data, name) != known]
+        changed = [name for name, known in zip(media.files, contents, strict=True) if file_sha256(data, name) != known]
         if changed:
             raise ValueError(f"{changed[0]} has changed since it was checked; start again")
     if len(media.files) == 1:
@@ -100,14 +100,6 @@ def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Im
     if len(found) != len(media.frames):
         raise ValueError(f"{media.files[0]} has other frames than when it was checked; start again")
     return found
-
-
-def digest(data: Path, name: str) -> str:
-    """A file's sha256. Raises ValueError where it cannot be read."""
-    try:
-        return file_sha256(inside(data, name))
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
 
 
 def read_frames(data: Path, name: str, wanted=None, largest: int = MAX_PIXELS) -> Iterator[Image.Image]:

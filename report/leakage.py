@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from inputs.files import SPLITS, file_sha256, inside
+from inputs.files import SPLITS, file_sha256
 from inputs.show import shorten
 from inputs.videos import FRAMES
 from report.near_duplicates import BITS, LEVELS, OF_BITS, closest, small_picture, structured
@@ -35,9 +35,9 @@ def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> 
 
     def look(name: str) -> tuple:
         try:
-            digest = known.get(name) or file_sha256(inside(data, name))
+            digest = known.get(name) or file_sha256(data, name)
             return digest, small_picture(data, name) if name in pictures else None, True
-        except (OSError, ValueError):  # whoever reads it for training says what is wrong with it
+        except ValueError:  # whoever reads it for training says what is wrong with it
             return known.get(name), None, False
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

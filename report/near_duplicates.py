@@ -26,7 +26,7 @@ TURNED = {  # how a copy may lie: what is done with its rows and columns
 
 
 def small_picture(data: Path, name: str) -> np.ndarray | None:
-    """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises OSError, ValueError."""
+    """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises ValueError."""
     try:
         with Image.open(inside(data, name), formats=["JPEG", "PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
