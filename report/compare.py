@@ -52,8 +52,8 @@ def seeds_of(found: list[dict]) -> list[dict]:
 
 def spread(values: list[float]) -> dict:
     """mean, sd (of a sample), least, most of two values or more"""
-    sd = float(np.std(values, ddof=1))
-    return {"mean": float(np.mean(values)), "sd": sd, "least": min(values), "most": max(values)}
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+    return {"mean": mean, "sd": sd, "least": min(values), "most": max(values)}
 
 
 def add_blind_runs(run: dict, found: dict) -> None:

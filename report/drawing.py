@@ -64,7 +64,7 @@ def draw_accuracy(runs: list[dict]):
             if entry is None:
                 continue  # this run has no such question
             y = place + (i - (len(runs) - 1) / 2) * height
-            bar = {"color": colour_of(i), "label": short_label(runs[i]["name"])}
+            bar = {"color": COLOURS[i % len(COLOURS)], "label": short_label(runs[i]["name"])}
             keys[i] = axes.barh(y, entry["exact"], height * 0.86, **bar)
             if entry["interval"]:
                 line = {"linewidth": 1, "markersize": 5, "clip_on": False, "label": "95 % interval"}
@@ -76,20 +76,17 @@ def draw_accuracy(runs: list[dict]):
     axes.set_yticks(range(len(groups)), [name for name, _ in groups])
     axes.set_xticks(np.linspace(0, 1, 6), [f"{x} %" for x in range(0, 101, 20)])
     axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))  # the first type on top
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
     axes.xaxis.grid(True)
-    handles = [key for name, key in keys.items() if name != 0 or len(runs) > 1]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    figure.legend(handles=[keys[key] for key in sorted(keys, key=str)], loc="outside upper left", ncols=3)
     return figure
 
 
 def draw_calibration(runs: list[dict]):
     """Reliability diagrams: of one run those of all questions and of its types, of several that of all questions."""
-    entries = [("all questions", runs[0]["micro"]), *runs[0]["types"].items()]
-    if len(runs) > 1:
-        entries = [(run["name"], run["micro"]) for run in runs]
-    panels = [(i, *entry) for i, entry in enumerate(entries) if "calibration" in entry[1]][:MOST_PANELS]
+    entries = [(run["name"], run["micro"]) for run in runs]
+    if len(runs) == 1:
+        entries = [("all questions", runs[0]["micro"]), *runs[0]["types"].items()]
+    panels = [(name, entry["calibration"]) for name, entry in entries if "calibration" in entry][:MOST_PANELS]
     if not panels:
         return None
     columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
@@ -97,14 +94,13 @@ def draw_calibration(runs: list[dict]):
     grid, fifths = figure.subplots(lines, columns, squeeze=False).ravel(), np.linspace(0, 1, 6)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, (i, name, entry) in zip(grid, panels, strict=False):
-        calibration, colour = entry["calibration"], colour_of(i if len(runs) > 1 else 0)
+    for axes, (name, calibration) in zip(grid, panels, strict=False):
         bins = [b for b in calibration["bins"] if b["n"]]
         confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
         middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
         axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
-        axes.bar_label(axes.bar(middles, accuracy, width, color=colour, alpha=0.45), n, fontsize=6)
-        axes.plot(confidence, accuracy, "o", color=colour, markersize=4, clip_on=False)
+        axes.bar_label(axes.bar(middles, accuracy, width, color=COLOURS[0], alpha=0.45), n, fontsize=6)
+        axes.plot(confidence, accuracy, "o", color=COLOURS[0], markersize=4, clip_on=False)
         axes.set(xlim=(0, 1), ylim=(0, 1.08), xticks=fifths, yticks=fifths)
         axes.set(xlabel="its probability", ylabel="share of right ones")
         title = f"{short_label(name)}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}"
@@ -126,10 +122,10 @@ def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
         axes.yaxis.set_major_formatter("{x:g}")  # matplotlib writes powers as formulas, which STYLE switches off
         axes.yaxis.set_minor_formatter("{x:g}")
         for i, run in enumerate(runs):
-            lines, line = curves.get(run["name"], []), {"color": colour_of(i), "linewidth": 1, "alpha": 0.85}
-            axes.plot(*series(lines, field), label=short_label(run["name"]), **line)
+            lines, colour = curves.get(run["name"], []), COLOURS[i % len(COLOURS)]
+            axes.plot(*series(lines, field), label=short_label(run["name"]), color=colour, linewidth=1, alpha=0.85)
             if field == "loss":
-                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour_of(i), "markersize": 4.5}
+                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour, "markersize": 4.5}
                 axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
         axes.set_ylabel(name)
         axes.grid(True)
@@ -142,11 +138,6 @@ def series(lines: list[dict], field: str) -> tuple[list, list]:
     """Steps and values, as far as they were written. What is not finite leaves a gap."""
     found = [(line["step"], line[field]) for line in lines if isinstance(line.get(field), int | float)]
     return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
-
-
-def colour_of(i: int) -> str:
-    """Of the run with number i, in all figures the same."""
-    return COLOURS[i % len(COLOURS)]
 
 
 def short_label(text: str, most: int = 40) -> str:

@@ -12,7 +12,7 @@
   if (!id("gallery-data")) return;
   const data = JSON.parse(id("gallery-data").textContent);
   const media = JSON.parse(id("gallery-media").textContent);
-  const rows = data.rows.map(([run, id, type, question, answer, prediction, state, p, media, also = []]) => {
+  const rows = data.rows.map(([run, id, type, question, answer, prediction, state, p, media, also]) => {
     const text = [id, question, answer, prediction ?? "", ...also].join("\n").toLowerCase();
     return {run, id, type, question, answer, prediction, state, p, media, also, text};
   });

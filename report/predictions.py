@@ -63,8 +63,7 @@ def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
             problems.append(Problem(where, None, f"no field {' or '.join(missing[0])}; rename the one that is meant"))
             continue
         given, said = (next(line[name] for name in names if name in line) for names in FIELDS)
-        given = str(given)
-        name = known.get(given)
+        name, given = known.get(str(given)), str(given)
         if not isinstance(said, str | int | float | None):
             problems.append(Problem(where, given, f"the prediction must be a text or null: {said!r}"))
         if name is None:

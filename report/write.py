@@ -4,10 +4,10 @@ import traceback
 from itertools import combinations
 from pathlib import Path
 
-from report import drawing, gallery
+from report import drawing
 from report.compare import add_blind_runs, compare, seeds_of
 from report.figures import summarise_run
-from report.page import page
+from report.page import entries, page
 from report.read import read_run
 from report.summary import ends, percent, results_table
 from runtime.files import write_json, write_text, writing
@@ -19,22 +19,20 @@ def write(runs: list[dict], out: Path) -> dict:
     for run, numbers in zip(runs, found, strict=True):
         if "folder" in run:
             add_blind_runs(run, numbers)
-    compared = [compare(a, b) for a, b in combinations(runs, 2)]
     audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
     leakage = [{**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")]
     result = {
         "title": ", ".join(run["name"] for run in runs),
         "runs": found,
-        "comparisons": [pair for pair in compared if pair],
+        "comparisons": [pair for a, b in combinations(runs, 2) if (pair := compare(a, b))],
         "seeds": seeds_of(found),
         "audit": max(audits, key=lambda audit: audit["failed"], default=None),  # that of the worst scorer
         "leakage": leakage[0] if leakage else None,
     }
-    records, media, faults = gallery.entries(runs)
+    records, media, faults = entries(runs)
     examples = [{"run": run["name"], **run["example"]} for run in runs if run.get("example")]
     figures = drawing.draw_figures(result, {run["name"]: run.get("metrics", []) for run in runs})
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         drawing.write_figures(out, figures)
     write_json(out / "results.json", result)
     write_text(out / "report.html", page(result, records, media, examples, figures, faults))
