@@ -99,7 +99,7 @@ def draw_calibration(runs: list[dict]):
         confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
         middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
         axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
-        axes.bar_label(axes.bar(middles, accuracy, width, color=COLOURS[0], alpha=0.45), n, fontsize=6)
+        axes.bar_label(axes.bar(middles, accuracy, width, color=COLOURS[0], alpha=0.45), n, fontsize=6, padding=3)
         axes.plot(confidence, accuracy, "o", color=COLOURS[0], markersize=4, clip_on=False)
         axes.set(xlim=(0, 1), ylim=(0, 1.08), xticks=fifths, yticks=fifths)
         axes.set(xlabel="its probability", ylabel="share of right ones")
@@ -128,7 +128,7 @@ def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
                 style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour, "markersize": 4.5}
                 axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
         axes.set_ylabel(name)
-        axes.grid(True)
+        axes.grid(True, which="both")
     panels[-1].set_xlabel("step")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
