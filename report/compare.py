@@ -62,6 +62,7 @@ def add_blind_runs(run: dict, found: dict) -> None:
         path = run["folder"] / "blind" / mode / "predictions.jsonl"
         if not path.is_file():
             continue
+        # a comparison with other settings would say nothing of the images
         answered, again = read_or_empty(path.with_name("results.json")), f"repeat it with --eval-only --blind {mode}"
         records = {r["id"]: r for r in read_records(path)}
         other = {"name": mode, "records": [records[r["id"]] for r in run["records"] if r["id"] in records]}

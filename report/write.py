@@ -14,7 +14,11 @@ from runtime.files import write_json, write_text, writing
 
 
 def write(runs: list[dict], out: Path) -> dict:
-    """report.html, results.json and the figures of one or several runs, into the folder `out`; returns the results."""
+    """report.html, results.json and the figures of one or several runs, into the folder `out`; returns the results.
+
+    `runs` are those of read.read_run or predictions.read_predictions; only a run that has a folder has blind runs.
+    Ends where `out` cannot be written.
+    """
     found = [summarise_run(run) for run in runs]
     for run, numbers in zip(runs, found, strict=True):
         if "folder" in run:
