@@ -137,7 +137,8 @@ class Contract:
         self.say("loss", text + (f", the features at {', '.join(grafted)} being the script's own" if grafted else ""))
 
     def compare_packing(self) -> None:
-        loss, gradients = own_forward.packing(self.seen.model, self.some(), self.seen.task, self.seen.run)
+        seen = self.seen
+        loss, gradients = own_forward.packing(seen.model, seen.trees["train"][:3], seen.task, seen.run)
         if not (loss <= CLOSE and gradients <= GRADIENTS):
             text = f"packed sequences differ from single examples: loss by {loss:.1e}, gradients by {gradients:.1e}. "
             raise Broken("packing", f"{text}The order of media, positions and mask must be those of `batch`")
@@ -174,11 +175,8 @@ class Contract:
         pairs = [name for tree in self.seen.trees["train"][:FEW] for name in tree.ids[:2]]
         return list(dict.fromkeys([*kinds.values(), *pairs]))[:FEW]
 
-    def some(self) -> list:
-        return self.seen.trees["train"][:3]
-
     def read_logits(self, model) -> torch.Tensor:
-        return own_forward.logits(model, self.some(), self.seen.task, self.seen.run)
+        return own_forward.logits(model, self.seen.trees["train"][:3], self.seen.task, self.seen.run)
 
     def start(self, point: str, flags: list, own_flags: list[str] | None = None, **watched) -> None:
         """The script as a user starts it; `watched` see calls of shared functions, and are given the original."""

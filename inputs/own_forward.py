@@ -24,9 +24,8 @@ def losses(model, tree: common.Prompt, task: Task, example, run) -> tuple[float,
         total, supervised = model(batch)
     keep.remove()
     media, grafted = own_media(model.vlm, batch, task, tree, example, run)
-    place = put_grafted(
-        model, seen["inputs_embeds"], torch.isin(batch["input_ids"], torch.tensor(grafted).to(total.device))
-    )
+    places = torch.isin(batch["input_ids"], torch.tensor(grafted).to(total.device))
+    place = put_grafted(model, seen["inputs_embeds"], places)
     with torch.no_grad():
         own = model.vlm(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **media).loss
     place.remove()

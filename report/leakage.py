@@ -154,9 +154,8 @@ def repeated_questions(examples: list, content: dict[str, str]):
             same.append(example)
             continue
         if answers and question:
-            other = answers[0][0]
-            mine, theirs = shorten(example.answer, 80), shorten(other.answer, 80)
-            text = f"{what} is answered {mine!r}, but {theirs!r} at {other.where}"
+            mine, theirs = shorten(example.answer, 80), shorten(answers[0][0].answer, 80)
+            text = f"{what} is answered {mine!r}, but {theirs!r} at {answers[0][0].where}"
             yield {"kind": "conflict", "where": example.where, "text": text}
         answers.append([example])
 
@@ -170,10 +169,9 @@ def agree(one, other) -> bool:
 
 
 def empty_answers(examples: list):
-    for example in examples:
-        if says_nothing(example.answer):
-            text = f"the answer of {example.id} is {example.answer!r}"
-            yield {"kind": "empty answer", "where": example.where, "text": text}
+    for example in (example for example in examples if says_nothing(example.answer)):
+        text = f"the answer of {example.id} is {example.answer!r}"
+        yield {"kind": "empty answer", "where": example.where, "text": text}
 
 
 # ---- what the splits hold -----------------------------------------------------------------------------------
