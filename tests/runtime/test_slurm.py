@@ -248,7 +248,8 @@ def test_a_job_trains_and_its_log_is_in_the_folder_of_submission(slurm, undistur
     assert outcome(ended) == ("COMPLETED", "0:0", "0"), log
     assert sorted(path.name for path in folder.iterdir()) == ["a run", "logs"]
     assert re.search(r"job \d+, restart 0, on n[12]\n", log) and re.search(r"rank 0 of 1 on n[12]\n", log)
-    assert re.search(r"^question type +n +exact", log, re.MULTILINE) and re.search(r"^micro average +24 ", log, re.MULTILINE)
+    assert re.search(r"^question type +n +exact", log, re.MULTILINE)
+    assert re.search(r"^micro average +24 ", log, re.MULTILINE)
     settings = json.loads((folder / "a run/config.json").read_text())["settings"]
     assert (settings["lr"], settings["workers"], settings["epochs"]) == (1e-4, 0, 25)
 

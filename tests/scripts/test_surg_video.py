@@ -447,7 +447,7 @@ def test_what_cannot_be_heard_is_refused_before_weights_are_read(copy, tmp_path,
 
 
 def test_pad_equal_to_eos_is_separated_in_training_and_evaluation(copy, tmp_path, capsys):
-    """What verify_tokenizer.sh was for: found and done are printed, what is supervised ends with EOS, which PAD is not."""
+    """What is found and done is printed; what is supervised ends with EOS, which PAD is not."""
     change(copy / "model/tokenizer_config.json", pad_token="<|im_end|>")
     for flags in (["--check"], [*SMALL, "--max-steps", 1], [*SMALL, "--eval-only"]):
         run(copy, tmp_path / "out", *flags)
