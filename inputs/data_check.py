@@ -142,13 +142,17 @@ def settle(path: Path, result: dict, fatal: list[Problem], faults: list[Problem]
 
 def refuse_empty(known: set, splits: dict, args) -> None:
     """Ends where nothing is left to train on or to answer, or of a split that the data has (`known`)."""
-    if not (splits["train"] or args.eval_only or args.check):
-        raise SystemExit(f"--data {args.data}: no training examples")
-    if args.eval_only and not splits[args.eval_split]:
-        raise SystemExit(f"--eval-split {args.eval_split}: the data has no such examples")
+    if not any(splits.values()) or not (splits["train"] or args.eval_only or args.check):
+        raise SystemExit(
+            f"--data {args.data}: no {'' if args.eval_only or args.check else 'training '}examples are left"
+        )
     for split in known - {None}:
         if not splits[split]:
             raise SystemExit(f"--skip-bad would leave out all of {split}; fix its examples")
+    if args.eval_only and not splits[args.eval_split]:
+        raise SystemExit(f"--eval-split {args.eval_split}: the data has no such examples")
+    if not (args.check or splits[args.eval_split]):
+        print(f"--eval-split {args.eval_split}: no examples, so nothing will be answered")
 
 
 def overfit(loss: float, figures: dict) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from inputs.files import read_jsonl
 from inputs.task import Example, Problem
 from report import examples, scoring
-from report.baselines import blind_answers
 from report.read import refuse
+from report.results import add_baselines
 
 FIELDS = [("id", "question_id"), ("prediction", "predicted_answer", "response")]  # of a predictions file: usual names
 
@@ -33,15 +33,13 @@ def read_predictions(path: Path, test: list[Example], train: list[Example]) -> d
     An example that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
     """
     answered = read_lines(path, known_ids(test))
-    training = [(example.question_type, example.question, scoring.forms(example)) for example in train]
-    blind = blind_answers(training, [(example.question_type, example.question) for example in test])
     names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
     records = []
-    for example, said in zip(test, blind, strict=True):
+    for example in test:
         record = {name: getattr(example, name) for name in names} | {"prediction": answered.get(example.id)}
         right = scoring.score(record["prediction"], example)
-        baselines = {name: scoring.score(text, example)["exact"] for name, text in said.items()}
-        records.append(record | {"correct": right["exact"], "relaxed": right["relaxed"], "baselines": baselines})
+        records.append(record | {"correct": right["exact"], "relaxed": right["relaxed"]})
+    add_baselines(records, test, train, scoring.score)
     unanswered = sum(example.id not in answered for example in test)
     text = f"{unanswered} of {len(test)} examples have no prediction; they count as wrong"
     return {"name": str(path), "records": records, "notes": [text] if unanswered else []}

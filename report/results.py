@@ -12,7 +12,7 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
 
     `train_examples` are what the baselines know, `own()` gives further figures of one script (of captions, say).
     """
-    add_baselines(records, asked, train_examples, task)
+    add_baselines(records, asked, train_examples, task.score)
     args, results = run.args, summarise(records)
     results |= {"split": args.eval_split, "decode": args.decode, "model": args.model}
     results |= {"checkpoint": str(run.checkpoint) if run.checkpoint else None}
@@ -29,11 +29,11 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     return results
 
 
-def add_baselines(records: list[dict], asked: list, train_examples: list, task) -> None:
+def add_baselines(records: list[dict], asked: list, train_examples: list, score) -> None:
     """Put into each record's `baselines` whether what each baseline says is an exact match."""
     # forms that answers share come first: of equally frequent ones the first is taken, and one example's own wording
     # would be right for that example alone
     training = [(e.question_type, e.question, [*e.also_right, e.answer]) for e in train_examples]
     blind = blind_answers(training, [(example.question_type, example.question) for example in asked])
     for record, example, said in zip(records, asked, blind, strict=True):
-        record["baselines"] = {name: task.score(text, example)["exact"] for name, text in said.items()}
+        record["baselines"] = {name: score(text, example)["exact"] for name, text in said.items()}

@@ -438,8 +438,8 @@ FAULTS = {
     ],
     "report/predictions.py": [
         ("examples that others have not answered are left out",
-         "for example, said in zip(test, blind, strict=True):",
-         "for example, said in [pair for pair in zip(test, blind) if pair[0].id in answered]:",
+         "    for example in test:\n        record =",
+         "    for example in [one for one in test if one.id in answered]:\n        record =",
          "tests/report/test_summary.py::test_examples_that_another_program_has_not_answered_stay_in_it_too"),
     ],
     # ---- the five scripts ----

@@ -496,3 +496,16 @@ def test_a_byte_order_mark_costs_no_row(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n', encoding="utf-8-sig")
     rows, problems = files.read_jsonl(tmp_path / "train.jsonl")
     assert [row["id"] for _, row in rows] == ["a", "b"] and problems == []
+
+
+def test_no_example_at_all_and_none_to_answer_are_said(demo_folder, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").symlink_to(demo_folder / "model")
+    shutil.copytree(demo_folder / "data" / "images", tmp_path / "data" / "images")
+    (tmp_path / "data" / "train.jsonl").write_text((demo_folder / "data" / "train.jsonl").read_text())
+    (tmp_path / "none.txt").write_text("")
+    assert refused(tmp_path, tmp_path / "a", "--check", "--only-ids", tmp_path / "none.txt").endswith(
+        "no examples are left"
+    )
+    run(tmp_path, tmp_path / "b", "--limit", 8, "--max-steps", 1)
+    assert "--eval-split test: no examples, so nothing will be answered" in capsys.readouterr().out

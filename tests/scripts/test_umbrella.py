@@ -617,3 +617,14 @@ def test_real_nifti_files_go_through_loading_reorientation_resampling_and_a_step
         assert volume[..., :2].any() and not volume[..., 2:].any()  # it has two frames; empty ones follow
     tissue = volume[volume != 0]
     assert float(tissue.mean()) == pytest.approx(0, abs=1e-4) and float(tissue.std()) == pytest.approx(1, rel=1e-3)
+
+
+def test_skip_bad_never_leaves_out_an_entire_split_whose_labels_cannot_be_read(mri_folder, tmp_path):
+    shutil.copytree(mri_folder, tmp_path / "demo")
+    for path in (tmp_path / "demo" / "data" / "test").glob("*.json"):
+        entry = json.loads(path.read_text())
+        entry.pop("metadata", None)
+        entry["conversations"][-1]["content"] = [{"type": "text", "text": "I cannot tell from these scans."}]
+        path.write_text(json.dumps(entry))
+    text = refused(tmp_path / "demo", tmp_path / "run", *SMALL, "--skip-bad", "--max-steps", 1)
+    assert text == "--skip-bad would leave out all of test; fix its examples"

@@ -147,11 +147,11 @@ def encoded_as(task, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda prefix, ids, labels: (prefix, ids, [IGNORE] * len(labels)), "would be"),
-        (lambda prefix, ids, labels: (prefix, ids, ids), "would be"),
-        (lambda prefix, ids, labels: (prefix, ids, [*labels[:-1], IGNORE]), "would be"),
+        (lambda prefix, ids, labels: (prefix, ids, [IGNORE] * len(labels)), "supervised would be"),
+        (lambda prefix, ids, labels: (prefix, ids, ids), "supervised would be"),
+        (lambda prefix, ids, labels: (prefix, ids, [*labels[:-1], IGNORE]), "supervised would be"),
         (lambda prefix, ids, labels: (prefix, [prefix[0], *ids], [IGNORE, *labels]), "placeholder"),
-        (lambda prefix, ids, labels: ([], prefix + ids, [IGNORE, *prefix[1:], *labels]), ""),
+        (lambda prefix, ids, labels: ([], prefix + ids, [IGNORE, *prefix[1:], *labels]), "supervised would be"),
     ],
     ids=["nothing", "the question", "no end", "a video token among the text", "the video"],
 )
@@ -895,14 +895,16 @@ def test_another_tower_than_in_training_is_refused(plain_folder, copy, tmp_path)
     weights = load_file(copy / "vision/model.safetensors")
     weights["layernorm.bias"] += 1
     save_file(weights, copy / "vision/model.safetensors", {"format": "pt"})
-    assert "was trained with another model" in refused(copy, tmp_path, "--eval-only")
+    text = refused(copy, tmp_path, "--eval-only")
+    assert "--vision-model" in text and "was trained with another model" in text
     assert "vision_weights was" in refused(copy, tmp_path, *SMALL, "--max-steps", 1)
 
 
 def test_another_image_processor_than_in_training_is_refused(plain_folder, copy, tmp_path):
     run(plain_folder, tmp_path, *SMALL, "--max-steps", 1)
     edit_json(copy / "vision/preprocessor_config.json", image_mean=[0.1, 0.9, 0.1])
-    assert "was trained with another model, or another configuration" in refused(copy, tmp_path, "--eval-only")
+    text = refused(copy, tmp_path, "--eval-only")
+    assert "--vision-model" in text and "was trained with another model, or another configuration" in text
 
 
 def test_a_bfloat16_run_trains_in_float32_and_reads_its_cache(plain_folder, tmp_path):
