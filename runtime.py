@@ -760,11 +760,17 @@ def load_part(folder: Path, prefixes: tuple[str, ...], module: torch.nn.Module) 
 
 
 def tokenizer(folder: Path):
-    """The checkpoint's tokenizer, with its chat template wherever that stands."""
+    """The checkpoint's tokenizer, with its chat template wherever that stands, which is printed."""
     found = transformers.AutoTokenizer.from_pretrained(folder)
-    older = folder / "chat_template.json"  # where a processor's template stood before chat_template.jinja
-    if older.is_file() and not (folder / "chat_template.jinja").is_file():
-        found.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json"
+    for name in ("chat_template.json", "processor_config.json"):  # where a processor of an older transformers put it
+        path = folder / name
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        if template and source != "chat_template.jinja":
+            found.chat_template, source = template, name
+            break
+    if found.chat_template:
+        print(f"chat template: {folder / source}")
     return found
 
 

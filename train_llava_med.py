@@ -32,7 +32,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 import common
 import runtime
@@ -235,8 +235,10 @@ def load_text(folder: Path, args) -> tuple[Text, list[Problem]]:
     """Tokenizer and image processor, and the faults of the checkpoint's own files."""
     config_file = read_config(folder)
     problems = []
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer = runtime.tokenizer(folder)
+    if not tokenizer.chat_template:
+        print("chat template: the checkpoint has none, so Mistral's is used, as LLaVA-Med v1.5 was trained")
+        tokenizer.chat_template = CHAT_TEMPLATE
     image_id = None
     try:
         common.register_placeholder(tokenizer, IMAGE, common.image_token_id(config_file))
@@ -443,7 +445,8 @@ def meta_model(folder: Path) -> LlavaForConditionalGeneration:
 
 def load_model(folder: Path, args, text: Text, dtype) -> LlavaMed:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
-    vlm = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(folder)
+    vlm = runtime.open_model(LlavaForConditionalGeneration, folder, config, dtype)  # a missing weight is refused
     window = getattr(vlm.config.text_config, "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")

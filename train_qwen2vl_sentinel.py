@@ -466,8 +466,8 @@ def meta_model(folder: Path) -> Qwen2VLForConditionalGeneration:
 
 def load_model(folder: Path, args, text: Text, dtype) -> Qwen2VL:
     """The model with what is trained chosen, still on the CPU: runtime.place puts it on the device."""
-    kind = MODELS[AutoConfig.from_pretrained(folder).model_type]
-    vlm = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(folder)
+    vlm = runtime.open_model(MODELS[config.model_type], folder, config, dtype)  # a missing weight is refused
     window = vlm.config.text_config.sliding_window  # None where the configuration does not use it
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
