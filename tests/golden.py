@@ -1,7 +1,7 @@
 """The working tree beside a worktree of the first version: the same numbers, bit for bit, on the same machine.
 
     git worktree add ../base b18e9c6
-    python tests/golden.py ../base [SCRIPT …]      # llava_med qwen2vl_sentinel surg_video_vqa umbrella_mri video_plain_lm
+    python tests/golden.py ../base [SCRIPT …]      # llava_med …; all five without a name
 
 Each script runs on a tiny demo, undisturbed, stopped by a signal in the middle and resumed, with full tuning, and
 merged. Compared are metrics without times, trained tensors, checkpoints, predictions, and the merged folder.
