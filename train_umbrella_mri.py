@@ -234,7 +234,7 @@ def read_config(folder: Path):
 
 
 def adopt_volumes(folder: Path, config, args) -> None:
-    """Take from a model that this script saved how its volumes were read: its embeddings were learned from that."""
+    """Take from a model that this script saved how its volumes were read: its embeddings were trained on that."""
     saved = dict(getattr(config, "volumes", None) or {})
     args.embedded = sorted({*args.embedded, *saved.pop("embedded", [])})
     flags.adopt(args, saved, folder / "config.json")

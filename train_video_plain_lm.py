@@ -201,11 +201,11 @@ class VideoTask(Task):
         shown = [tree.media for tree in trees if tree.media]
         return {"videos": [self.cache.read(data, media, self.measured) for media in shown]}
 
-    def score(self, said: str | None, example: Clip) -> dict[str, bool]:
+    def score(self, prediction: str | None, example: Clip) -> dict[str, bool]:
         """A caption is compared word for word, an answer to a question as any other."""
         if example.question or example.candidates:
-            return super().score(said, example)
-        return scoring.caption(said, example.answer)
+            return super().score(prediction, example)
+        return scoring.caption(prediction, example.answer)
 
     def show(self, example: Clip, other: Clip) -> Clip:
         return replace(example, media=other.media, frames=other.frames)

@@ -34,8 +34,8 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     result = {"splits": counts, "shared_with_earlier_splits": shared, **task.report}
     result |= first_example(splits, trees, task) | {"scorer": scorer, "leakage": leaks}
     for split, numbers in counts.items():
-        told = [f"{n:,} {name.replace('_', ' ')}" for name, n in numbers.items() if name != "question_types"]
-        print(f"{split}: {', '.join(told)}")
+        shown = [f"{n:,} {name.replace('_', ' ')}" for name, n in numbers.items() if name != "question_types"]
+        print(f"{split}: {', '.join(shown)}")
     for tree in (trees["train"] or trees[args.eval_split])[:2]:
         show.print_supervised(task.tokenizer, tree)
     audit.print_audit(scorer)
@@ -129,9 +129,9 @@ def settle(path: Path, result: dict, fatal: list[Problem], faults: list[Problem]
     show.print_faults([*fatal, *faults])
     left_out = faults if skip_bad and not fatal else []
     failures, skipped = [] if left_out else [*fatal, *faults], sorted({problem.where for problem in left_out})
-    told = {"failures": list(map(str, failures)), "skipped": skipped, "skipped_because": list(map(str, left_out))}
-    write_json(path, {"passed": not failures, **result, **told})
-    if failures:  # on every rank; one tells
+    outcome = {"failures": list(map(str, failures)), "skipped": skipped, "skipped_because": list(map(str, left_out))}
+    write_json(path, {"passed": not failures, **result, **outcome})
+    if failures:  # on every rank; the first prints them
         text = f"{len(failures)} faults, listed in {path}"
         text += "; --skip-bad leaves examples with faults out, by name" if faults and not fatal else ""
         raise SystemExit(text if ranks.rank() == 0 else 1)

@@ -97,11 +97,11 @@ def seen(processor, width: int, height: int) -> float:
 
 
 def patches(processor, patch: int) -> tuple[int, int]:
-    """(rows, columns) of an image's patches, printed with what is cropped away. Ends where they are not whole."""
+    """(rows, columns) of an image's patches, printed with what is cropped away. Ends where a patch would be cut."""
     height, width = size_of(processor)
     if height % patch or width % patch:
         raise SystemExit(
-            f"preprocessor_config.json: {height} x {width} pixels are no whole number of {patch} px patches"
+            f"preprocessor_config.json: {height} x {width} pixels are not divisible into {patch} px patches"
         )
     rows, columns = height // patch, width // patch
     unseen = " and ".join(f"{1 - seen(processor, w, h):.0%} of {w}:{h}" for w, h in ((1, 1), (16, 9)))
@@ -122,7 +122,7 @@ class QwenImages:
     """Images of any size as Qwen2-VL reads them: patches of 14 x 14 pixels, merged 2 x 2 into tokens.
 
     An image is first reduced so that its longer side has at most `longest` pixels, where given; then its size is put
-    between min_pixels and max_pixels, in whole tokens, by the checkpoint's own rule. `vlm` is the model, with or
+    between min_pixels and max_pixels, in full tokens, by the checkpoint's own rule. `vlm` is the model, with or
     without weights, for its rule of positions; `pixels` are the two limits as settled. Ends where no token fits them.
     """
 

@@ -1,4 +1,4 @@
-"""Question types and the answers that are allowed, told from a question's own words and from what training answers.
+"""Question types and the answers that are allowed, inferred from a question's own words and from what training answers.
 
 python -m inputs.questions IN.jsonl OUT.jsonl    # writes them into a file, to be looked at and corrected
 """
@@ -39,12 +39,12 @@ TYPES = {"open_ended", "mcq", *(name for name, _ in TYPE_PATTERNS)}
 
 
 def question_type(question: str) -> str:
-    """yes_no, color, size_numeric, count_numeric, mcq or open_ended, told from the text of `question` alone.
+    """yes_no, color, size_numeric, count_numeric, mcq or open_ended, inferred from the text of `question` alone.
 
     Raises ValueError for an empty question.
     """
     if not question or not question.strip():
-        raise ValueError("empty question: its type cannot be told")
+        raise ValueError("empty question: its type cannot be inferred")
     if re.search(r"\b(?:check|select|choose|mark) all\b", question, re.I):
         return "open_ended"  # Kvasir's "Are there any …? Check all that are present." is answered by a list
     sentence = sentence_asked(question)
@@ -56,7 +56,7 @@ def question_type(question: str) -> str:
 def answer_candidates(question: str, type: str) -> list[str] | None:
     """All allowed answers to a `question` of this `type`: ["yes", "no"], an mcq's options in order, or None.
 
-    An mcq has None, too, where its options cannot be told with certainty. Raises nothing.
+    An mcq has None, too, where its options cannot be inferred with certainty. Raises nothing.
     """
     if type == "yes_no":
         return ["yes", "no"]
@@ -169,7 +169,7 @@ def allow_training_answers(examples: list[Example]) -> None:
 
     A color may be any that training answers. A yes_no question or an mcq may also be answered by what training answers
     to its very words: to "Have all polyps been removed?" that may be "not relevant". Training's spelling of an answer,
-    such as "Yes", takes the place of ours: it is what the model has learned.
+    such as "Yes", takes the place of ours: it is what the model was trained on.
     """
     short = functools.cache(normalise)  # the same few answers over and over
     training = [example for example in examples if example.split == "train"]
@@ -217,8 +217,8 @@ def write_types(source: Path, target: Path) -> None:
     found = {example.where: example for example in own}
     for where, entry in entries:
         if where in found:
-            told = {"question_type": found[where].question_type, "answer_candidates": found[where].candidates}
-            entry |= {name: value for name, value in told.items() if value and not entry.get(name)}
+            known = {"question_type": found[where].question_type, "answer_candidates": found[where].candidates}
+            entry |= {name: value for name, value in known.items() if value and not entry.get(name)}
     target.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in entries), encoding="utf-8")
     counts = Counter(example.question_type for example in own).most_common()
     print(f"{target}: {len(entries)} examples; {', '.join(f'{n} {kind}' for kind, n in counts)}")

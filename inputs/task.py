@@ -134,7 +134,7 @@ class Task:
         texts(example)              all texts that become tokens: none may hold a placeholder, EOS or a sentinel
         media(example)              what is shown of an example; questions with the same prefix and media share a tree
         positions(example, prefix)  (3, P) M-RoPE positions of the prefix; None counts from 0
-        score(said, example)        {"exact": bool, "relaxed": bool}; said is None where there is no answer
+        score(prediction, example)        {"exact": bool, "relaxed": bool}; prediction is None where there is no answer
         kind(example)               examples that agree in it can be asked about each other's media (--blind shuffled)
         show(example, other)        the example, asked about the other's media
         blank(media)                what read_media gives, with nothing to see in it (--blind blank)
@@ -193,8 +193,8 @@ class Task:
     def positions(self, example: Example, prefix: list[int]) -> torch.Tensor | None:
         return None
 
-    def score(self, said: str | None, example: Example) -> dict[str, bool]:
-        return scoring.score(said, example, self.synonyms)
+    def score(self, prediction: str | None, example: Example) -> dict[str, bool]:
+        return scoring.score(prediction, example, self.synonyms)
 
     # ---- for blind runs ----
 

@@ -36,7 +36,7 @@ def frames(entry: dict) -> list[str]:
     if numbers is not None and (not isinstance(numbers, list) or [type(n) for n in numbers] != [int] * len(names)):
         raise ValueError(f"frame_numbers must be an integer for each of the {len(names)} frames: {numbers!r}")
     if numbers is not None and numbers != sorted(numbers):
-        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be learned wrongly")
+        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be wrong")
     if not all(name.lower().endswith(FRAMES) for name in names):
         raise ValueError(f"frames must be files ending in {', '.join(FRAMES)}: {names}")
     return names

@@ -63,7 +63,9 @@ def read_answers(args: argparse.Namespace) -> dict:
     train = predictions.read_examples(args.train, "train") if args.train else []
     run = predictions.read_predictions(args.predictions, test, train)
     synonyms = read_synonyms(args.synonyms)
-    audit = audit_scorer(lambda said, example: scoring.score(said, example)["exact"], test + train, synonyms)
+    audit = audit_scorer(
+        lambda prediction, example: scoring.score(prediction, example)["exact"], test + train, synonyms
+    )
     found = leakage.check(args.test.parent, train + test)
     leakage.print_result(found)
     return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}

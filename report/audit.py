@@ -33,7 +33,7 @@ def audit_scorer(right, examples: list, synonyms: list[list[str]] = ()) -> dict:
 
 
 class Audit:
-    """What is known of the answers of each question type, and what the scorer said to what it was asked."""
+    """What is known of the answers of each question type, and what the scorer answered to what it was asked."""
 
     def __init__(self, right, examples: list, synonyms):
         self.right, self.pairs, self.same, self.failures, self.probes = right, 0, [], [], Counter()
@@ -46,18 +46,18 @@ class Audit:
             alike[example.question_type].append([answer_label(form) for form in forms(example)])
         self.meaning = {kind: united(sets) for kind, sets in alike.items()}  # type -> label -> number of its meaning
 
-    def declared(self, said: str, example) -> bool:
+    def declared(self, prediction: str, example) -> bool:
         """Do the data say themselves that this is the example's answer?"""
         meaning = self.meaning[example.question_type]
-        if meaning.get(answer_label(said)) == meaning[answer_label(example.answer)]:
+        if meaning.get(answer_label(prediction)) == meaning[answer_label(example.answer)]:
             return True
         option = re.sub(rf"^\s*{OPTION_LABEL}\s*", "", str(example.answer))  # "left" is enough for "(a) left"
-        return example.question_type == "mcq" and answer_label(said) == answer_label(option)
+        return example.question_type == "mcq" and answer_label(prediction) == answer_label(option)
 
-    def ask(self, said: str, example, what: str) -> None:
-        verdict = self.right(said, example)
-        if verdict and self.declared(said, example):
-            self.same.append([said, example.answer])
+    def ask(self, prediction: str, example, what: str) -> None:
+        verdict = self.right(prediction, example)
+        if verdict and self.declared(prediction, example):
+            self.same.append([prediction, example.answer])
         elif verdict is None or verdict:
             called = "is left out" if verdict is None else "is called right"
             self.failures.append(f"{what} {called} where the answer is {example.answer!r}")
@@ -69,10 +69,10 @@ class Audit:
         for kind, answers in self.answers.items():
             texts = list(answers)
             for i, true in enumerate(texts):
-                for said in texts[i % step :: step]:
-                    if said != true:
+                for prediction in texts[i % step :: step]:
+                    if prediction != true:
                         self.pairs += 1
-                        self.ask(said, answers[true], f"{kind}: {said!r}")
+                        self.ask(prediction, answers[true], f"{kind}: {prediction!r}")
 
     def ask_probes(self, examples: list) -> None:
         """What answers no question. Examples that a scorer cannot tell apart are tried once, and counted."""
@@ -89,10 +89,10 @@ class Audit:
             together = [*others, example.answer, *others]
             tried = {"nothing": "", "spaces": " \n\t", "I don't know": "I don't know", "the question": example.question}
             tried |= {"all answers": " ".join(together), "all answers as a set": "; ".join(together)} if others else {}
-            for name, said in tried.items():
-                if not (answer_label(said) and self.declared(said, example)):
+            for name, prediction in tried.items():
+                if not (answer_label(prediction) and self.declared(prediction, example)):
                     self.probes[name] += len(part)
-                    self.ask(said, example, f"{example.id}: {name} ({said[:60]!r})")
+                    self.ask(prediction, example, f"{example.id}: {name} ({prediction[:60]!r})")
 
 
 def print_audit(audit: dict) -> None:

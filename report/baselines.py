@@ -1,4 +1,4 @@
-"""What can be said without seeing anything: the baselines that a result must beat, told from training answers alone."""
+"""What can be answered without seeing anything: the baselines that a result must beat, from training answers alone."""
 
 import math
 from collections import Counter, defaultdict
@@ -9,7 +9,7 @@ from report.scoring import answer_label, normalise
 
 
 def blind_answers(train: list[tuple], asked: list[tuple]) -> list[dict[str, str | None]]:
-    """For each question what can be said without seeing anything, {baseline: answer}, from the training split alone.
+    """For each question what can be answered without seeing anything, {baseline: answer}, from training alone.
 
     `train` are (question type, question, its right answers), `asked` (question type, question). An answer is the most
     frequent in training to questions of the same "type"; to the same "question", in these words; to the "nearest"
@@ -20,7 +20,7 @@ def blind_answers(train: list[tuple], asked: list[tuple]) -> list[dict[str, str 
     if not train:
         return [{} for _ in asked]
     by_type, by_question = defaultdict(Counter), defaultdict(Counter)
-    everything, spelt = Counter(), defaultdict(Counter)  # "Yes" and "yes." are one answer, said as it mostly is
+    everything, spelt = Counter(), defaultdict(Counter)  # "Yes" and "yes." are one answer, spelt as it mostly is
     for kind, question, answers in train:
         labels = [answer_label(answer) for answer in answers]
         for counter in (by_type[kind], by_question[normalise(question)], everything):
@@ -34,8 +34,8 @@ def blind_answers(train: list[tuple], asked: list[tuple]) -> list[dict[str, str 
         of_type, same = by_type.get(kind, everything), by_question.get(words[question])
         near = sum((by_question[text] for text in similar.get(words[question], [])), Counter())
         counts = {"type": of_type, "question": same or of_type, "nearest": same or near or of_type}
-        said = {name: spelt[most_frequent(counter)] for name, counter in counts.items()}
-        found[kind, question] = {name: most_frequent(spellings) for name, spellings in said.items()}
+        chosen = {name: spelt[most_frequent(counter)] for name, counter in counts.items()}
+        found[kind, question] = {name: most_frequent(spellings) for name, spellings in chosen.items()}
     return [found[question] for question in asked]
 
 

@@ -10,7 +10,7 @@ def clustered_interval(values: list, groups: list, lowest: float = 0.0, resample
     """The 95 % interval [low, high] of the mean of `values` (n,), by a bootstrap over complete groups.
 
     The questions of one image or patient are not independent: resampled one by one they give an interval that is far
-    too narrow. None for a single group, which tells nothing about another.
+    too narrow. None for a single group, which says nothing about another.
 
     Percentiles alone are far too narrow as well near 100 %, and for few groups. So two groups are added to those
     resampled, one of the highest value (1) and one of the `lowest` (0; of differences -1), as Agresti and Coull (1998)

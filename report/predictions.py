@@ -60,14 +60,14 @@ def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
         if missing:
             problems.append(Problem(where, None, f"no field {' or '.join(missing[0])}; rename the one that is meant"))
             continue
-        given, said = (next(line[name] for name in names if name in line) for names in FIELDS)
+        given, prediction = (next(line[name] for name in names if name in line) for names in FIELDS)
         name, given = known.get(str(given)), str(given)
-        if not isinstance(said, str | int | float | None):
-            problems.append(Problem(where, given, f"the prediction must be a text or null: {said!r}"))
+        if not isinstance(prediction, str | int | float | None):
+            problems.append(Problem(where, given, f"the prediction must be a text or null: {prediction!r}"))
         if name is None:
             problems.append(Problem(where, given, "no example of --test has this ID"))
         elif name in answered:
             problems.append(Problem(where, given, "answered twice; keep one line"))
-        answered[name] = None if said is None else str(said)
+        answered[name] = None if prediction is None else str(prediction)
     refuse(problems)
     return answered

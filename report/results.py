@@ -30,10 +30,10 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
 
 
 def add_baselines(records: list[dict], asked: list, train_examples: list, score) -> None:
-    """Put into each record's `baselines` whether what each baseline says is an exact match."""
+    """Put into each record's `baselines` whether each baseline's answer is an exact match."""
     # forms that answers share come first: of equally frequent ones the first is taken, and one example's own wording
     # would be right for that example alone
     training = [(e.question_type, e.question, [*e.also_right, e.answer]) for e in train_examples]
     blind = blind_answers(training, [(example.question_type, example.question) for example in asked])
-    for record, example, said in zip(records, asked, blind, strict=True):
-        record["baselines"] = {name: score(text, example)["exact"] for name, text in said.items()}
+    for record, example, guesses in zip(records, asked, blind, strict=True):
+        record["baselines"] = {name: score(text, example)["exact"] for name, text in guesses.items()}

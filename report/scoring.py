@@ -23,8 +23,8 @@ SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), "'": N
 def normalise(text: str | int | float | None) -> str:
     """`text` (None is "") in the form in which answers are compared. "The Z-Line." → "z line".
 
-    Lower case, NFKC, no punctuation, no articles, number words as digits, spaces folded. Numbers keep what
-    tells them apart: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
+    Lower case, NFKC, no punctuation, no articles, number words as digits, spaces folded. What keeps
+    numbers apart stays: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
     """
     text = unicodedata.normalize("NFKC", "" if text is None else str(text)).lower().translate(SAME_SIGN)
     text = re.sub(rf"(?<!\S){ARTICLE}\s+(?=\S)", "", text)  # not "(a)" or a final "A": these are answers
@@ -92,15 +92,15 @@ def score_answer(prediction, answer, type: str) -> dict[str, bool]:
     return {"exact": exact, "relaxed": relaxed}
 
 
-def score(said: str | None, example, synonyms=()) -> dict[str, bool]:
-    """{"exact", "relaxed"} for what was said to an example: right is its answer in any of its forms.
+def score(prediction: str | None, example, synonyms=()) -> dict[str, bool]:
+    """{"exact", "relaxed"} for what was answered to an example: right is its answer in any of its forms.
 
     `synonyms` are sets of texts: in a relaxed match a member of one counts as any other of it. Raises ValueError.
     """
-    scores = [score_answer(said, form, example.question_type) for form in forms(example)]
-    said, right = normalise(said), {normalise(form) for form in forms(example)}
+    scores = [score_answer(prediction, form, example.question_type) for form in forms(example)]
+    prediction, right = normalise(prediction), {normalise(form) for form in forms(example)}
     lines = [{normalise(word) for word in line} for line in synonyms]
-    same = any(said in line and line & right for line in lines)
+    same = any(prediction in line and line & right for line in lines)
     return {"exact": any(s["exact"] for s in scores), "relaxed": same or any(s["relaxed"] for s in scores)}
 
 
@@ -121,10 +121,10 @@ def answerable(example) -> bool:
     return not example.candidates or true_candidate(vars(example)) is not None
 
 
-def caption(said: str | None, true: str) -> dict[str, bool]:
+def caption(prediction: str | None, true: str) -> dict[str, bool]:
     """exact: the same words as they are written. relaxed: as answers are compared, which drops the Italian word "a"."""
-    words = unicodedata.normalize("NFC", said or "").split()
-    return {"exact": words == true.split(), "relaxed": score_answer(said, true, "caption")["exact"]}
+    words = unicodedata.normalize("NFC", prediction or "").split()
+    return {"exact": words == true.split(), "relaxed": score_answer(prediction, true, "caption")["exact"]}
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The figures of a run: accuracy with its interval, by question type and overall, beside what is said blindly."""
+"""The figures of a run: accuracy with its interval, by question type and overall, beside blind baselines."""
 
 from collections import defaultdict
 
@@ -15,7 +15,7 @@ def summarise(records: list[dict]) -> dict:
     answer has other forms also_right, and baselines: whether each of `blind_answers` is right. Each entry has n,
     groups, exact, interval (see `clustered_interval`), relaxed, baselines, and the gain: how far exact is above the
     best of these, with the interval of that difference (of each record, right or not less baseline right or not).
-    Which baseline is the best is told by these same records, to the baseline's advantage.
+    Which baseline is the best is found on these same records, to the baseline's advantage.
 
     A type whose questions all have the same `candidates` has label figures, too, see `label_figures`.
     """
@@ -73,7 +73,7 @@ def label_figures(records: list[dict]) -> dict:
         likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in records]
         by_label = [auroc([r["probabilities"][x] for r in records], [t == x for t in true]) for x in labels]
         known = [area for area in by_label if area is not None]
-        figures["ranked"] = float(np.mean([said == t for said, t in zip(likeliest, true, strict=True)]))
+        figures["ranked"] = float(np.mean([prediction == t for prediction, t in zip(likeliest, true, strict=True)]))
         figures["auroc"] = float(np.mean(known)) if known else None
     return figures
 

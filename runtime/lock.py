@@ -103,7 +103,7 @@ def text_of(path: Path) -> str | None:
 
 
 def process(pid: int) -> dict | None:
-    """A living process of this host, told from a later one with its number by when it began; None where it is dead."""
+    """A living process of this host, known by its number and by when it began; None where it is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text() if sys.platform == "linux" else os.kill(pid, 0)
     except (ProcessLookupError, FileNotFoundError):

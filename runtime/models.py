@@ -113,8 +113,8 @@ def open_model(
     """kind.from_pretrained; ends the program where a weight is missing or has no place: it would be random, or lost.
 
     `grafted` are the prefixes of weights that the script loads itself, see load_part; of the model's own the folder
-    may lack those whose names contain `replaced`. `remedy` is said where a weight has no place. With `part`, the model
-    is that part of a larger one whose names begin so; transformers translates the rest of them, load_part does not.
+    may lack those whose names contain `replaced`. `remedy` is what helps where a weight has no place. With `part` it
+    is that part of a larger model whose names begin so; transformers translates the rest of them, load_part does not.
     `from_scratch` alone draws the weights; under torch.device("meta") there are none.
     """
     try:

@@ -607,7 +607,7 @@ def test_a_single_image_is_a_video_of_one_frame(copy, tmp_path):
     ("change", "words"),
     [
         ({"do_center_crop": False}, "images would differ in size"),
-        ({"crop_size": {"height": 100, "width": 112}}, "100 x 112 pixels are no whole number of 7 px patches"),
+        ({"crop_size": {"height": 100, "width": 112}}, "100 x 112 pixels are not divisible into 7 px patches"),
     ],
 )
 def test_an_image_processor_that_does_not_fit_the_tower_is_refused(copy, tmp_path, change, words):
