@@ -61,13 +61,13 @@ def test_forms_that_answers_share_are_counted_first():
     """Two sentences, each said once: the word that other answers have, too, is said for the type."""
     train = [example("No, as in 0.", ["no"]), example("Yes, as in 1.", ["yes"])]
     records = [{}]
-    add_baselines(records, [example("No, as in 2.", ["no"])], train, SimpleNamespace(score=score))
+    add_baselines(records, [example("No, as in 2.", ["no"])], train, score)
     assert records == [{"baselines": {"type": True, "question": True, "nearest": True}}]
 
 
 def test_baselines_are_told_from_training_answers_alone():
     train, asked, records = [example("no", [])], [example("yes", []) for _ in range(3)], [{} for _ in range(3)]
-    add_baselines(records, asked, train, SimpleNamespace(score=score))
+    add_baselines(records, asked, train, score)
     assert records == [{"baselines": {"type": False, "question": False, "nearest": False}}] * 3
 
 
