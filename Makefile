@@ -1,7 +1,8 @@
-# make demo   writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med,
-#             qwen2vl_sentinel, surg_video_vqa, umbrella_mri, or video_plain_lm)
-# make test   ruff, then the tests
-# Both set up .venv with the pinned versions first; when nothing has changed, that takes no time.
+# make demo      writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med,
+#                qwen2vl_sentinel, surg_video_vqa, umbrella_mri, or video_plain_lm)
+# make test      ruff, then the tests
+# make mutants   one-line faults, one at a time: each must be caught by a test (eight minutes; not part of make test)
+# All set up .venv with the pinned versions first; when nothing has changed, that takes no time.
 
 PYTHON ?= python3
 SCRIPT ?= llava_med
@@ -13,23 +14,26 @@ umbrella_mri_flags = --modality T1:32x32x32:8x8x8 --modality rsfMRI:24x24x24x4:8
 	--questions-per-step 32 --pack-tokens 512 --eval-every 400
 video_plain_lm_flags = --vision-model $(DEMO)/vision --from-scratch --cache-features $(DEMO)/features \
 	--fast-frames 2 --slow-frames 2 --slow-grid 6 --lr 7e-4 --epochs 5 --questions-per-step 8 --pack-tokens 512 \
-	--eval-every 400 --words "direction=destra,sinistra,all'insù,all'ingiù" --words "speed=lentamente,a gran velocità"
+	--eval-every 400
 qwen2vl_sentinel_flags = --tune full --lr 1e-3 --epochs 4 --pack-tokens 1024 --eval-every 400
 
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: demo test
+.PHONY: demo test mutants
 demo: .venv/installed
 	rm -rf $(DEMO)
-	.venv/bin/python demo.py $(SCRIPT)
+	.venv/bin/python -m demo $(SCRIPT)
 	.venv/bin/python train_$(SCRIPT).py --model $(DEMO)/model --data $(DEMO)/data --out $(DEMO)/run $($(SCRIPT)_flags)
 
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+
+mutants: .venv/installed
+	.venv/bin/python tests/mutants.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -22,18 +22,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_surg_video_vqa as script
+from inputs import sound, videos
 
 
 def shuffle(data: Path, frames: int) -> None:
     """The frames that the model sees of each test clip, in a random order."""
     path, draw = data / "test_multivideo.jsonl", random.Random(0)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
     path.unlink()  # a hard link to the original
-    for row in rows:
-        del row["frame_numbers"]  # they would tell, and the rows be refused
-        row["frames"] = script.choose_frames(row["frames"], frames)
-        draw.shuffle(row["frames"])
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for entry in entries:
+        del entry["frame_numbers"]  # they would tell, and the entries be refused
+        entry["frames"] = [entry["frames"][i] for i in videos.evenly(len(entry["frames"]), frames)]
+        draw.shuffle(entry["frames"])
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def main() -> None:
@@ -44,24 +45,24 @@ def main() -> None:
     checkpoint = max((args.demo / "run/checkpoints").glob("step-????????"), default=None)
     if checkpoint is None:
         raise SystemExit(f"{args.demo}/run holds no checkpoint: make demo SCRIPT=surg_video_vqa")
-    read_audio, results = script.read_audio, {}
+    read, results = sound.read, {}
     for name in ("as it is", "silence", "shuffled"):
         with tempfile.TemporaryDirectory(dir=args.demo) as folder:
             data = Path(folder) / "data"
             shutil.copytree(args.demo / "data", data, copy_function=os.link)
             if name == "shuffled":
                 shuffle(data, args.eval_frames)
-            script.read_audio = read_audio
+            sound.read = read
             if name == "silence":  # no file may hold it: it would be refused
-                script.read_audio = lambda data, name: np.zeros_like(read_audio(data, name))
-            flags = ["--eval-only", "--resume", checkpoint, "--eval-frames", args.eval_frames]
+                sound.read = lambda data, name, samples=None: np.zeros_like(read(data, name, samples))
+            flags = ["--eval-only", "--no-report", "--resume", checkpoint, "--eval-frames", args.eval_frames]
             flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
             script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])
             results[name] = json.loads((Path(folder) / "run/results.json").read_text())
     print(f"\n{'question type':<24}{'n':>5}" + "".join(f"{name:>10}" for name in [*results, "blind"]))
-    for kind, found in [*results["as it is"]["types"].items(), ("all", results["as it is"]["all"])]:
-        right = [(r["all"] if kind == "all" else r["types"][kind])["exact"] for r in results.values()]
-        shares = [*right, max(found["floors"].values())]
+    for kind, found in [*results["as it is"]["types"].items(), ("micro", results["as it is"]["micro"])]:
+        right = [(r["micro"] if kind == "micro" else r["types"][kind])["exact"] for r in results.values()]
+        shares = [*right, max(found["baselines"].values())]
         print(f"{kind:<24}{found['n']:>5}" + "".join(f"{share:>10.1%}" for share in shares))
 
 

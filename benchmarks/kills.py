@@ -4,7 +4,7 @@
     python benchmarks/kills.py --kills 200            # SIGKILL; the demo's 1,261 steps take half an hour
     python benchmarks/kills.py --kills 20 --politely  # SIGTERM and SIGUSR1 in turn
 
-SIGKILL: half of them are aimed inside saves. After each, the newest checkpoint must be whole and at most one save
+SIGKILL: half of them are aimed inside saves. After each, the newest checkpoint must be complete and at most one save
 interval may be lost. Politely: the run must end within one step, with code 85, and lose nothing. In the end weights,
 optimizer, metrics and predictions must equal those of the run that nothing disturbed. Exits 1 otherwise.
 """
@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import runtime  # noqa: E402
+from runtime import saving  # noqa: E402
+from runtime.signals import EXIT_STOPPED  # noqa: E402
 
 CLOCK = {"tokens_per_s", "questions_per_s", "peak_memory_mb"}  # what no two runs share
 
@@ -45,16 +46,16 @@ def main(argv=None) -> None:
     command = [sys.executable, ROOT / "train_llava_med.py", "--model", args.demo / "model"]
     command += ["--data", args.demo / "data", "--save-every", args.save_every, "--tune", "full", "--lr", "1e-3"]
     command += ["--epochs", 8, "--pack-tokens", 512, "--eval-every", 400, *flags]
-    whole, out = args.out / "whole", args.out / "killed"
+    undisturbed, out = args.out / "undisturbed", args.out / "killed"
     begun = time.monotonic()
-    process = start(command, whole)
-    while process.poll() is None and last_step(whole) < 1:
+    process = start(command, undisturbed)
+    while process.poll() is None and last_step(undisturbed) < 1:
         time.sleep(0.01)
     starting = time.monotonic() - begun
     assert process.wait() == 0, "the undisturbed run failed"
-    print(f"undisturbed run: {last_step(whole)} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"undisturbed run: {last_step(undisturbed)} steps in {time.monotonic() - begun:.0f} s", flush=True)
 
-    steps, draw = last_step(whole), random.Random(args.seed)
+    steps, draw = last_step(undisturbed), random.Random(args.seed)
     inside, lost = 0, []
     for kill in range(args.kills):
         most = (steps - last_step(out)) // (args.kills - kill + 1)  # so that the last kill still finds it running
@@ -64,14 +65,14 @@ def main(argv=None) -> None:
         else:
             inside += kill_once(command, out, draw, kill % 2 == 1, most, starting)
         folders = sorted((out / "checkpoints").glob("step-????????"))
-        faults = [f"{folder}: {fault}" for folder in folders if (fault := runtime.checkpoint_fault(folder))]
+        faults = [f"{folder}: {fault}" for folder in folders if (fault := saving.fault(folder))]
         lost.append(last_step(out) - (int(folders[-1].name[5:]) if folders else 0))
         if faults or lost[-1] > (0 if args.politely else args.save_every):
-            raise SystemExit(f"kill {kill + 1}: {lost[-1]} steps lost; {faults or 'checkpoints whole'}")
+            raise SystemExit(f"kill {kill + 1}: {lost[-1]} steps lost; {faults or 'checkpoints complete'}")
         if (kill + 1) % 10 == 0:
             print(f"{kill + 1} kills, step {last_step(out)}, {time.monotonic() - begun:.0f} s", flush=True)
     assert start(command, out).wait() == 0, "the run did not end"
-    different = differences(whole, out)
+    different = differences(undisturbed, out)
     print(
         f"{args.kills} kills, {inside} of them with a checkpoint half written; at most {max(lost)} steps lost "
         f"(interval {args.save_every}); different from the undisturbed run: {different or 'nothing'}"
@@ -96,7 +97,7 @@ def stop_politely(command: list, out: Path, draw: random.Random, number: int, mo
     time.sleep(draw.random() * 0.2)
     os.killpg(process.pid, number)
     at = last_step(out)
-    if process.wait() != runtime.EXIT_STOPPED or last_step(out) > at + 1:
+    if process.wait() != EXIT_STOPPED or last_step(out) > at + 1:
         raise SystemExit(f"signalled in step {at + 1}: ended after {last_step(out)}, code {process.returncode}")
 
 
@@ -132,7 +133,7 @@ def half_written(out: Path) -> set:
 
 
 def last_step(out: Path) -> int:
-    """The last optimizer step with a whole line in metrics.jsonl."""
+    """The last optimizer step with a complete line in metrics.jsonl."""
     return max((line["step"] for line in metrics(out) if "loss" in line), default=0)
 
 
@@ -141,14 +142,14 @@ def metrics(out: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
-def differences(whole: Path, out: Path) -> list[str]:
+def differences(undisturbed: Path, out: Path) -> list[str]:
     """What is not the same, bit for bit."""
-    found = [name for name in ("predictions.jsonl",) if (whole / name).read_bytes() != (out / name).read_bytes()]
-    if metrics(whole) != metrics(out):
+    found = [name for name in ("predictions.jsonl",) if (undisturbed / name).read_bytes() != (out / name).read_bytes()]
+    if metrics(undisturbed) != metrics(out):
         found.append("metrics.jsonl")
-    newest = max(path.name for path in (whole / "checkpoints").iterdir())
+    newest = max(path.name for path in (undisturbed / "checkpoints").iterdir())
     for folder in (Path("checkpoints") / newest, Path("model")):
-        for path in sorted((whole / folder).glob("*.safetensors")):
+        for path in sorted((undisturbed / folder).glob("*.safetensors")):
             mine, theirs = load_file(out / folder / path.name), load_file(path)
             if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k]) for k in mine):
                 found.append(str(folder / path.name))

@@ -6,7 +6,7 @@
 
 Weights are random and bf16, what is trained is float32. One question a step, all 1,500 audio positions, square frames
 of 384 pixels (196 tokens each), gradient checkpointing. Training is two steps with AdamW, so that its moments are
-there; evaluation is the script's own answer() of six questions. Every layer is as large as any other, so the peak
+there; evaluation is common.answer of six questions. Every layer is as large as any other, so the peak
 grows by the same amount with each: where the measured points lie on a line, it is followed to 28. Each is measured in
 a process of its own.
 """
@@ -24,8 +24,12 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-import runtime
 import train_surg_video_vqa as script
+from runtime import Run, models, program, ranks
+from runtime.batches import to_device
+from runtime.files import write_json
+from runtime.metrics import peak_memory_mb
+from runtime.signals import StopSignal
 
 LAYERS = 28
 TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -45,15 +49,17 @@ def build(layers: int, device: torch.device) -> script.SurgVideo:
     torch.set_default_dtype(torch.bfloat16)
     with device:
         vlm = Qwen2VLForConditionalGeneration(config)
-        script.graft(vlm, config)
+        script.graft(vlm)
     torch.set_default_dtype(torch.float32)
-    args = {"tune": "lora", "question": "audio", "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "rslora": False}
-    script.prepare(vlm, SimpleNamespace(**args, grad_checkpoint=True))
-    return script.SurgVideo(vlm, torch.bfloat16)
+    args = {"tune": "lora", "question": "audio", "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
+    args = SimpleNamespace(**args, grad_checkpoint=True)
+    script.choose_trained(vlm, args)
+    models.checkpoint_gradients(vlm, args)
+    return script.SurgVideo(vlm)
 
 
 def tree(frames: int) -> common.Prompt:
-    """One question: 1,500 audio positions, the frames, 40 tokens around them, and 8 to be learned."""
+    """One question: 1,500 audio positions, the frames, 40 tokens around them, and 8 supervised."""
     images = GRID**2 // 4 * frames
     prefix = [1] * 20 + [AUDIO_ID] * 1500 + [TEXT["image_token_id"]] * images
     labels = [common.IGNORE] * 20 + list(range(100, 108))
@@ -70,43 +76,47 @@ def media(frames: int, clips: int) -> dict:
     }
 
 
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 def train(model, device) -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
-    (row,) = common.pack([tree(8)], 4096)
-    row = script.to_device({**row, **media(8, 1)}, device)
+    (batch,) = common.pack([tree(8)], 4096)
+    batch = to_device({**batch, **media(8, 1)}, device)
     for _ in range(2):
-        loss, learned = model(row)
-        (loss / learned).backward()
-        runtime.clip_gradients([p for p in model.parameters() if p.requires_grad], 1.0)
+        with autocast(device):
+            loss, supervised = model(batch)
+        (loss / supervised).backward()
+        ranks.clip_gradients([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert torch.isfinite(loss)
-    return row["input_ids"].shape[1]
+    return batch["input_ids"].shape[1]
 
 
 def evaluate(model, device) -> int:
-    """Six questions through the script's own answer(): no EOS, so each has 8 tokens."""
-    settings = SimpleNamespace(pack_tokens=4096, workers=0, decode="free", max_answer_tokens=8)
+    """Six questions through common.answer: no EOS, so each has 8 tokens."""
+    settings = SimpleNamespace(pack_tokens=4096, workers=0, decode="greedy", max_answer_tokens=8, data="none")
     tokenizer = SimpleNamespace(eos_token_id=-1, decode=lambda tokens, **_: str(tokens))
-    run = script.Run(
-        settings, None, device, None, SimpleNamespace(tokenizer=tokenizer), lambda some: media(6, len(some))
-    )
+    task = SimpleNamespace(tokenizer=tokenizer, read_media=lambda data, some: media(6, len(some)))
+    run = Run(settings, Path("none"), device, torch.bfloat16, StopSignal())
     trees = [
         common.Prompt(t.prefix, t.branches, [str(i)], None, t.prefix_positions) for i, t in enumerate([tree(6)] * 6)
     ]
-    found = script.answer(model, trees, {name: None for t in trees for name in t.ids}, run)
+    found = common.answer(model, trees, {name: None for t in trees for name in t.ids}, task, run)
     assert len(found) == 6 and not any(answered["ended"] for answered in found.values())
     return len(trees[0])
 
 
 def measure(layers: int, what: str) -> dict:
     """In this process: peak MB, of a CPU without what Python and its modules need."""
-    device, _ = runtime.pick_device("auto", "auto")
-    before = runtime.peak_memory_mb(device)
+    device, _ = program.pick_device("auto", "auto")
+    before = peak_memory_mb(device)
     model = build(layers, device)
     tokens = {"training": train, "evaluation": evaluate}[what](model, device)
-    peak = runtime.peak_memory_mb(device) - before
+    peak = peak_memory_mb(device) - before
     return {"layers": layers, "what": what, "peak_mb": peak, "tokens": tokens, "device": str(device)}
 
 
@@ -137,7 +147,7 @@ def main() -> None:
             text = f"{start:,.0f} MB + {slope:,.0f} MB a layer, measured points at most {off:,.0f} MB off"
             print(f"{what}, {LAYERS} layers: {start + LAYERS * slope:,.0f} MB (derived: {text})", flush=True)
     if args.json:
-        runtime.write_json(args.json, found)
+        write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Which copies of a training picture the data gate finds in the test split, and whether it takes others for copies.
+"""Which copies of a training picture the leakage check finds in the test split, and whether it takes others for copies.
 
     make demo && python benchmarks/near_duplicates.py --demo runs/demo/llava_med
 
 Some pictures of the demo's training split are changed in one way each and put into a test split of their own. Found is
-a copy that the gate names with its own original; wrong is a picture that it calls a copy of another one. The demo's
+a copy that it names with its own original; wrong is a picture that it calls a copy of another one. The demo's
 frames share their background, so that different ones look much alike.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import report
+from report import examples, leakage
 
 
 def crop(share: float):
@@ -55,9 +55,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo/llava_med"))
     parser.add_argument("--copies", type=int, default=100, help="of each kind (default: 100)")
     args = parser.parse_args()
-    rows, _ = report.read_folder(args.demo / "data")
-    clean = report.data_gate(args.demo / "data", rows)["counts"]["near duplicate"]
-    files = {split: {name for row in rows if row.split == split for name in row.media} for split in report.SPLITS}
+    found, _ = examples.read(args.demo / "data")
+    clean = leakage.check(args.demo / "data", found)["counts"]["near duplicate"]
+    files = {split: {name for e in found if e.split == split for name in e.media} for split in leakage.SPLITS}
     count = {split: len(names) for split, names in files.items()}
     pairs = count["train"] * count["val"] + (count["train"] + count["val"]) * count["test"]
     print(f"{sum(count.values())} pictures as they are: {clean} of {pairs:,} pairs across splits are called copies")
@@ -76,7 +76,7 @@ def main() -> None:
                 lines["test"].append({"id": f"{i}", "image": f"{i}.jpg", "question": f"{i}??", "answer": "yes"})
             for split, entries in lines.items():
                 (folder / f"{split}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-            texts = [f["text"] for f in report.data_gate(folder, report.read_folder(folder)[0])["findings"]]
+            texts = [f["text"] for f in leakage.check(folder, examples.read(folder)[0])["findings"]]
         own = sum(any(text.startswith(f"{i}.jpg of test looks like {name} of") for text in texts)
                   for i, name in enumerate(train[: args.copies]))  # fmt: skip
         print(f"{kind:<24}{own / args.copies:>8.1%}{len(texts) - own:>8}")

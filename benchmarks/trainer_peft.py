@@ -1,4 +1,4 @@
-"""How many questions a second, and in how much memory, beside transformers' Trainer with peft on the same rows.
+"""How many questions a second, and in how much memory, beside transformers' Trainer with peft on the same questions.
 
     pip install '.[dev]'                                                  # for peft and accelerate
     python benchmarks/trainer_peft.py                                     # about five minutes on two free cores
@@ -7,8 +7,8 @@
 
 Both train the same LLaVA of 108 million random weights: LoRA on the language model, projector trained, vision tower
 frozen, float32. Ours is train_llava_med.py's own `train` on prompt trees: an image is read once for all its questions.
-The Trainer gets a row for each question, its image repeated, in batches of one (gradients accumulated) or in one
-batch; a row's pixels are ready-made on both sides. Dropout is off and the adapters start equal, so that the losses of
+The Trainer gets an example for each question, its image repeated, in batches of one (gradients accumulated) or in one
+batch; pixels are ready-made on both sides. Dropout is off and the adapters start equal, so that the losses of
 all steps must agree: the table compares two ways to compute the same thing.
 
 The sides are processes of their own and take their steps in turn, never at the same time, so that whatever else the
@@ -32,9 +32,12 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
 import train_llava_med
 from common import IGNORE, Prompt
+from runtime import Run
+from runtime.files import write_json
+from runtime.metrics import peak_memory_mb
+from runtime.signals import StopSignal
 
 WARM_UP = 1  # steps that are not timed
 THREADS = 2
@@ -44,7 +47,7 @@ AGREE = 1e-4  # largest relative difference of the first losses
 BOS, EOS, IMAGE, PAD = 1, 2, 32000, 32001
 
 # ------------------------------------------------------------------------------------------------------------
-# The same model and rows on both sides
+# The same model and questions on both sides
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +120,7 @@ class Turns:
 
     def loaded(self, model) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.say(loaded_mb=runtime.peak_memory_mb(torch.device("cpu")), trained=trained)
+        self.say(loaded_mb=peak_memory_mb(torch.device("cpu")), trained=trained)
         self.wait()
 
     def step_done(self, _=None) -> None:
@@ -130,28 +133,31 @@ class Turns:
         self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
 
     def finished(self, losses: list[float]) -> None:
-        self.say(peak_mb=runtime.peak_memory_mb(torch.device("cpu")), losses=losses)
+        self.say(peak_mb=peak_memory_mb(torch.device("cpu")), losses=losses)
+
+
+class Pixels:
+    """What the loop asks of a task: the pixels of prompt trees, ready-made."""
+
+    def read_media(self, data: Path, trees: list[Prompt]) -> dict:
+        return {"pixel_values": torch.stack([pixels(tree.media) for tree in trees])}
 
 
 def ours(plan: list[list[Prompt]], args, out: Path, turns: Turns) -> None:
     """train_llava_med's training loop; saving after each step becomes the wait for the next turn."""
     llava = build_llava()
-    train_llava_med.prepare(llava, args)
+    train_llava_med.choose_trained(llava, args)
     start_equal(llava)
-    model = train_llava_med.LlavaMed(llava, torch.float32)
+    model = train_llava_med.LlavaMed(llava)
     turns.loaded(model)
-
-    def read_media(prompts: list[Prompt]) -> dict:
-        return {"pixel_values": torch.stack([pixels(prompt.media) for prompt in prompts])}
-
-    optimizer = make_optimizer(model, args)
-    run = train_llava_med.Run(args, out, torch.device("cpu"), runtime.StopSignal(), None, read_media)
-    train_llava_med.train(model, optimizer, plan, 0, validate=None, save=turns.step_done, run=run)
+    train_llava_med.checkpoints.Saver = lambda *_: turns.step_done
+    run = Run(args, out, torch.device("cpu"), torch.float32, StopSignal())
+    train_llava_med.train(model, plan, 0, [], Pixels(), run)
     turns.finished([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
 
 
 def trainer(plan: list[list[Prompt]], args, out: Path, turns: Turns, batch: int) -> None:
-    """transformers' Trainer with a peft model, as its documentation sets it up; one row a question."""
+    """transformers' Trainer with a peft model, as its documentation sets it up; a question an example."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -170,14 +176,14 @@ def trainer(plan: list[list[Prompt]], args, out: Path, turns: Turns, batch: int)
     start_equal(model)
     turns.loaded(model)
 
-    rows = [(tree, branch) for step in plan for tree in step for branch in tree.branches]
+    examples = [(tree, branch) for step in plan for tree in step for branch in tree.branches]
     settings = TrainingArguments(
         output_dir=str(out),
         max_steps=len(plan),
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=len(rows) // len(plan) // batch,
+        gradient_accumulation_steps=len(examples) // len(plan) // batch,
         max_grad_norm=args.clip,
-        train_sampling_strategy="sequential",  # the same rows in the same step as ours
+        train_sampling_strategy="sequential",  # the same questions in the same step as ours
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=1,
@@ -186,7 +192,8 @@ def trainer(plan: list[list[Prompt]], args, out: Path, turns: Turns, batch: int)
         disable_tqdm=True,
         use_cpu=True,
     )
-    optimizer = make_optimizer(model, args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     # our schedule, which counts steps from 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: train_llava_med.learning_rate(done + 1, len(plan), args) / args.lr
@@ -195,7 +202,7 @@ def trainer(plan: list[list[Prompt]], args, out: Path, turns: Turns, batch: int)
         model,
         settings,
         data_collator=pad,
-        train_dataset=rows,
+        train_dataset=examples,
         optimizers=(optimizer, schedule),
         callbacks=[StepDone()],
     )
@@ -203,21 +210,16 @@ def trainer(plan: list[list[Prompt]], args, out: Path, turns: Turns, batch: int)
     turns.finished([entry["loss"] for entry in run.state.log_history if "loss" in entry])
 
 
-def make_optimizer(model, args) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
-
-
-def pad(rows) -> dict[str, torch.Tensor]:
+def pad(examples) -> dict[str, torch.Tensor]:
     """The plain collator: prefix and question one after the other, padded to the longest of the batch."""
-    input_ids = [tree.prefix + ids for tree, (ids, _) in rows]
-    labels = [[IGNORE] * len(tree.prefix) + labels for tree, (_, labels) in rows]
+    input_ids = [tree.prefix + ids for tree, (ids, _) in examples]
+    labels = [[IGNORE] * len(tree.prefix) + labels for tree, (_, labels) in examples]
     longest = max(map(len, input_ids))
     return {
         "input_ids": torch.tensor([ids + [PAD] * (longest - len(ids)) for ids in input_ids]),
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in input_ids]),
         "labels": torch.tensor([part + [IGNORE] * (longest - len(part)) for part in labels]),
-        "pixel_values": torch.stack([pixels(tree.media) for tree, _ in rows]),
+        "pixel_values": torch.stack([pixels(tree.media) for tree, _ in examples]),
     }
 
 
@@ -352,14 +354,14 @@ def main() -> None:
         parameters = sum(p.numel() for p in build_llava().parameters())
     trees = make_trees(options.images_per_step, options.questions)
     tree_tokens = sum(map(len, trees))
-    row_tokens = sum(len(tree.prefix) + len(ids) for tree in trees for ids, _ in tree.branches)
+    single_tokens = sum(len(tree.prefix) + len(ids) for tree in trees for ids, _ in tree.branches)
     results = take_turns(options)
     reference, trainers = results[0], [results[1], results[3]]
     for result in trainers:
         compare(result, reference)
 
     print(f"{parameters:,} parameters; trained: ours {reference['trained']:,}, Trainer {trainers[0]['trained']:,}")
-    print(f"first step: {tree_tokens:,} tokens as prompt trees, {row_tokens:,} as rows")
+    print(f"first step: {tree_tokens:,} tokens as prompt trees, {single_tokens:,} as single examples")
     print("\n" + table(results) + "\n")
     for result in trainers:
         first, worst = result["loss_difference"][0], max(result["loss_difference"])
@@ -368,9 +370,9 @@ def main() -> None:
         print(f"    processor time, which a busy machine disturbs less: {result['times_the_cpu_seconds']:.1f} × ours")
     if options.json:
         settings = {"questions": options.questions, "images_per_step": options.images_per_step, "threads": THREADS}
-        settings |= {"parameters": parameters, "tree_tokens": tree_tokens, "row_tokens": row_tokens}
+        settings |= {"parameters": parameters, "tree_tokens": tree_tokens, "single_tokens": single_tokens}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        runtime.write_json(options.json, {**settings, "results": results})
+        write_json(options.json, {**settings, "results": results})
     if any(result["loss_difference"][0] > AGREE for result in trainers):
         raise SystemExit("the sides do not compute the same thing: the numbers above compare nothing")
 

@@ -3,8 +3,8 @@
 #
 #   bash slurm/download.sh ORGANISATION/NAME …      # then MODEL=ORGANISATION/NAME sbatch slurm/llava_med.sh
 #
-# An interrupted download goes on when the command is repeated. A folder is looked through, too: whatever is missing or
-# cut off is listed, and the exit code is 1. PYTHON and HF_HOME must be those of the job script.
+# An interrupted download resumes when the command is repeated. A folder is checked, too: whatever is missing or cut
+# off is listed, and the exit code is 1. PYTHON and HF_HOME must be those of the job script.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: bash slurm/download.sh MODEL …" >&2; exit 2; }
 
@@ -12,6 +12,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$repo/.venv/bin/python}
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 PYTHONPATH=$repo exec "$PYTHON" -c '
-import sys, runtime
+import sys
+from runtime import folders
 for name in sys.argv[1:]:
-    print(f"{name} is complete: {runtime.model_folder(name)}")' "$@"
+    print(f"{name} is complete: {folders.find(name)}")' "$@"

@@ -2,7 +2,7 @@
 # They set here (this folder), trainer, and the defaults of MODEL, DATA and OUT; $@ goes to the trainer.
 #
 # Three minutes before the time limit Slurm signals the trainer, which saves and leaves with code 85; the job then
-# goes back into the queue, and on from there. Two lines to adapt to a cluster, besides [1] in each script: [2], [3].
+# goes back into the queue, and resumes from there. Two lines to adapt to a cluster, besides [1] in each script: [2], [3].
 
 job= # the name of the Slurm job; empty without Slurm, and inside a step such as the shell of srun --pty
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
@@ -30,7 +30,7 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     flags+=(--workers $((SLURM_CPUS_PER_TASK - 1))) # one core is the trainer's own
 fi
 command=("$PYTHON" "$repo/$trainer" "${flags[@]}" --out "$out" "$@") # of a flag given twice the last counts
-# a job that is started again goes on from its own newest checkpoint, whatever --resume named at first
+# a job that is started again resumes from its own newest checkpoint, whatever --resume named at first
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [[ " $* " = *" --eval-only "* ]] || command+=(--resume auto)
 
 [ -n "$job" ] || exec "${command[@]}"
@@ -51,8 +51,8 @@ srun --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL bash -c 
     echo "rank $RANK of $WORLD_SIZE on $(hostname)"
     exec "$@"' rank "${command[@]}" || code=$? # the largest of all ranks
 
-# 85 is runtime.EXIT_STOPPED: a signal came, the last step is saved. A job that can never end, because answering takes
-# longer than the time limit, is not restarted for ever.
+# 85 is runtime.signals.EXIT_STOPPED: a signal came, the last step is saved. A job that can never end, because
+# answering takes longer than the time limit, is not restarted for ever.
 if [ "$code" = 85 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
     echo "code 85: back into the queue"
     scontrol requeue "$job" || echo "scontrol requeue failed: submit the same command again"

@@ -7,7 +7,7 @@
 #   sbatch --ntasks-per-node=4 --gpus-per-node=4 --mem=256G slurm/llava_med.sh              # four GPUs of a node
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --mem=256G slurm/llava_med.sh    # two such nodes
 #   sbatch --array=0-4 slurm/llava_med.sh                                                   # five seeds, OUT/seed_0 …
-#   sbatch --dependency=afterok:JOB slurm/llava_med.sh --eval-only --decode trie            # once JOB has succeeded
+#   sbatch --dependency=afterok:JOB slurm/llava_med.sh --eval-only --decode constrained  # once JOB has succeeded
 #   bash slurm/llava_med.sh --epochs 3                                                      # without Slurm
 #
 # job.sh is the rest, with two more lines to adapt to a cluster.

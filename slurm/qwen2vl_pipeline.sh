@@ -6,8 +6,8 @@
 #   bash slurm/qwen2vl_pipeline.sh --skip-bad --epochs 3
 #   SBATCH="--ntasks-per-node=4 --gpus-per-node=4 --mem=256G" bash slurm/qwen2vl_pipeline.sh --skip-bad
 #
-#   check      every row is built and decoded again; no weights are read
-#   overfit    OVERFIT rows (64) are learned by heart, or nothing else is started
+#   check      every example is built and decoded again; no weights are read
+#   overfit    OVERFIT examples (64) are overfit in 200 steps, or nothing else is started
 #   train      the run itself; it ends with answers to the validation split, whose table stays in its log
 #   evaluate   answers to the test split; their table: logs/qwen2vl_evaluate_JOB.out, and OUT/results.json
 set -euo pipefail
@@ -21,7 +21,7 @@ submit() { # submit NAME JOB_BEFORE FLAG…
 }
 
 check=$(submit check "" --check)
-overfit=$(submit overfit "$check" --overfit "${OVERFIT:-64}")
+overfit=$(submit overfit "$check" --overfit "${OVERFIT:-64}" --max-steps 200) # whatever --max-steps the training has
 train=$(submit train "$overfit" --eval-split val)
 evaluate=$(submit evaluate "$train" --eval-only --eval-split test)
 echo "jobs: check $check, overfit $overfit, train $train, evaluate $evaluate"

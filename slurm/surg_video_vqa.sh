@@ -2,6 +2,7 @@
 # Train Qwen2-VL with Whisper's encoder under Slurm. Submit from any directory: MODEL, AUDIO_MODEL, DATA and OUT are
 # relative to it, and the log is its logs/surg_video_vqa_JOB.out. What follows the script's name goes to
 # train_surg_video_vqa.py. Without AUDIO_MODEL the model's own encoder is heard, or questions are read as text.
+# Of SurgViVQA as published move eval_multivideo.jsonl away first: all its videos are in train (docs/surg_video_vqa.md).
 #
 #   export MODEL=models/qwen2-vl AUDIO_MODEL=models/whisper DATA=data/surgvivqa OUT=runs/surgvivqa
 #   sbatch slurm/surg_video_vqa.sh --skip-bad --epochs 3 --grad-checkpoint   # one GPU; more, and seeds, as in llava_med.sh

@@ -4,7 +4,7 @@
 #
 #   export MODEL=models/llava-interleave-qwen DATA=data/umbrella OUT=runs/umbrella
 #   sbatch slurm/umbrella_mri.sh --lr 1e-3 --epochs 10 --workers 8   # one GPU; more, and seeds, as in llava_med.sh
-#   sbatch --dependency=afterok:JOB slurm/umbrella_mri.sh --eval-only --decode score    # once it has ended
+#   sbatch --dependency=afterok:JOB slurm/umbrella_mri.sh --eval-only --decode both     # once it has ended
 #
 # job.sh is the rest, with two more lines to adapt to a cluster.
 

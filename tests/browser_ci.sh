@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's Chromium and its driver, for tests/test_report_page.py. Needs root.
+# Debian's Chromium and its driver, for tests/report/test_report_page.py. Needs root.
 set -euo pipefail
 command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit
 export DEBIAN_FRONTEND=noninteractive

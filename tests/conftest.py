@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny checkpoint and data set in the real formats, written once a session."""
 
 import os
+from importlib import import_module
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of the CPU
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-import demo
+from demo import qwen2vl_sentinel, recordings
 
 torch.set_num_threads(1)  # tiny models; two test processes at a time use the second core
 transformers.logging.disable_progress_bar()
@@ -17,12 +18,14 @@ transformers.logging.disable_progress_bar()
 
 def demo_of(name: str, folder, count: int = 60):
     """`model`, whose towers are left random to save their training, and `data`. Tests must not write here."""
+    demo = import_module(f"demo.{name}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "pretrain_tower", lambda *_: None)
-        patch.setattr(demo, "pretrain_listener", lambda *_: None)
-        patch.setattr(demo, "pretrain_umbrella", lambda *_: None)
-        getattr(demo, f"write_{name}_model")(folder / "model", 0)
-    getattr(demo, f"write_{name}_data")(folder / "data", count, 0)
+        for module in (demo, qwen2vl_sentinel, recordings):  # the last two serve surg_video_vqa
+            for learn in ("pretrain_tower", "pretrain_listener", "pretrain_umbrella"):
+                if hasattr(module, learn):
+                    patch.setattr(module, learn, lambda *_: None)
+        demo.write_model(folder / "model", 0)
+    demo.write_data(folder / "data", count, 0)
     return folder
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import common
 import train_llava_med
+from inputs.task import Task
 
 
 def run(folder: Path, out: Path, *flags, script=train_llava_med) -> None:
@@ -33,18 +35,23 @@ def refused(folder: Path, out: Path, *flags, script=train_llava_med) -> str:
     return caught.value.code
 
 
+def task_class(script):
+    """The Task of a script."""
+    return next(c for c in vars(script).values() if isinstance(c, type) and issubclass(c, Task) and c is not Task)
+
+
 def load_demo(folder: Path, script=train_llava_med, *flags) -> SimpleNamespace:
-    """A demo's args, text, rows, training trees, and what reads their images."""
+    """A demo's args, task, examples, training trees, and what reads their media."""
     argv = ["--model", folder / "model", "--data", folder / "data", "--out", "never written", "--lora-dropout", 0]
     argv += flags
     args = script.parse_arguments([str(a) for a in argv])
-    text, faults = script.load_text(folder / "model", args)
-    rows, problems = script.read_data(folder / "data", args)
-    text.measured = {name: script.measure(folder / "data", name) for row in rows for name in row.media}
-    trees, found = script.build_prompts([row for row in rows if row.split == "train"], text, args)
-    assert faults + problems + found == []
-    read_media = partial(script.read_images, folder / "data", text)
-    return SimpleNamespace(args=args, folder=folder, text=text, rows=rows, trees=trees, read_media=read_media)
+    task = task_class(script)(folder / "model", args)
+    examples, problems = script.read_examples(folder / "data", args)
+    task.measured = {name: task.measure(folder / "data", name) for example in examples for name in example.media}
+    trees, found = common.build_trees([example for example in examples if example.split == "train"], task)
+    assert task.faults + problems == [] and found == {}
+    read_media = partial(task.read_media, folder / "data")
+    return SimpleNamespace(args=args, folder=folder, task=task, examples=examples, trees=trees, read_media=read_media)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -87,3 +94,23 @@ def difference(found: dict, expected: dict) -> float:
     assert found.keys() == expected.keys()
     # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
     return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=0.1)) for n in expected)
+
+
+@torch.no_grad()
+def far_from_start(parameters) -> None:
+    """Moves parameters, the same way each time."""
+    torch.manual_seed(1)
+    for parameter in parameters:
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@torch.no_grad()
+def llava_logits(model) -> torch.Tensor:
+    """Of the LLaVA demo's model, for one picture and three tokens."""
+    draw = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(1, 3, 72, 72, generator=draw)
+    return model(input_ids=torch.tensor([[1, *[600] * 64, 5, 300, 400]]), pixel_values=pixel_values).logits
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() / b.norm() < 1e-5)

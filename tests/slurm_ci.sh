@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A throw-away Slurm with two nodes on this machine, for tests/test_slurm.py. Needs root; no systemd, no cgroups.
+# A throw-away Slurm with two nodes on this machine, for tests/runtime/test_slurm.py. Needs root; no systemd, no cgroups.
 #
 #   bash tests/slurm_ci.sh install          # Debian's or Ubuntu's packages
 #   bash tests/slurm_ci.sh start DIR PORT   # DIR short (unix sockets); uses the ports PORT, PORT+1, PORT+2

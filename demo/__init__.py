@@ -1,0 +1,1 @@
+"""Tiny checkpoints and small data sets in the real on-disk formats, to try every script on a laptop: python -m demo."""

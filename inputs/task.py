@@ -1,0 +1,210 @@
+"""What an example of data is, and `Task`: what a script decides and shared code asks of it."""
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+import common
+from report import scoring
+
+
+@dataclass
+class Problem:
+    """A fault found in the data: file (and line), the example's ID where there is one, what is wrong and what to do."""
+
+    where: str
+    id: str | None
+    text: str
+    split: str | None = None  # where it is known; set by `collect`
+
+    def __str__(self):
+        return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.text}"
+
+
+@dataclass(kw_only=True)
+class Example:
+    """A question with its answer, about media; a script may add fields in a subclass."""
+
+    where: str  # "train.jsonl:17"
+    split: str
+    id: str
+    group: str  # patient, video or procedure; intervals resample complete groups
+    media: list[str]  # files, in the order shown
+    question: str
+    answer: str
+    question_type: str
+    candidates: list[str] | None  # all allowed answers, where they are known
+    history: list = field(default_factory=list)  # earlier turns, (question, answer)
+    also_right: list[str] = field(default_factory=list)  # the same answer in other forms
+    inferred: bool = False  # the candidates are not the data's own
+    groups: list[str] = field(default_factory=list)  # all that it belongs to, where these are several
+
+    def __post_init__(self):
+        self.groups = self.groups or [self.group]
+
+    @property
+    def shown(self) -> list[str]:
+        """The files that may not be in two splits: all of them, unless a subclass says less."""
+        return self.media
+
+
+def named(entry: dict, key: str, otherwise):
+    """A field of an entry as text, or `otherwise` where it is missing or empty."""
+    return otherwise if entry.get(key) in (None, "") else str(entry[key])
+
+
+def split_of(group: str) -> str:
+    """70/15/15 by image or patient, from the name alone: adding examples later moves none of the others."""
+    share = random.Random(group).random()
+    return "train" if share < 0.70 else "val" if share < 0.85 else "test"
+
+
+def collect(entries: Iterable[tuple], make: Callable) -> tuple[list, list[Problem]]:
+    """make(where, split, entry) of every (where, split, entry); its ValueErrors, and the entries that are Problems."""
+    examples, problems = [], []
+    for where, split, entry in entries:
+        if isinstance(entry, Problem):
+            problems.append(replace(entry, split=split))
+            continue
+        try:
+            examples.append(make(where, split, entry))
+        except ValueError as error:
+            problems.append(Problem(where, entry.get("id"), str(error), split))
+    return examples, problems
+
+
+def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Problem]]:
+    """What --only-ids and --limit leave of the examples, and the problems but for those of examples left out.
+
+    A second function beside `collect`, because whatever must see all examples stands between the two. An ID that is
+    used twice among those chosen is a problem, too.
+    """
+    chosen = examples
+    if args.only_ids:
+        ids = read_ids(args.only_ids)
+        unknown = sorted(ids - {example.id for example in chosen if example.split == "train"})
+        if unknown:
+            text = f"{len(unknown)} are no training examples, such as {unknown[0]!r}"
+            raise SystemExit(f"--only-ids {args.only_ids}: {text}; give IDs of this data")
+        chosen = [example for example in chosen if example.split != "train" or example.id in ids]
+    if args.limit:
+        splits = [[example for example in chosen if example.split == split] for split in ("train", "val", "test")]
+        chosen = [example for part in splits for example in part[: args.limit]]
+    left_out = {example.where for example in examples} - {example.where for example in chosen}
+    problems, first = [problem for problem in problems if problem.where not in left_out], {}
+    for example in chosen:
+        other = first.setdefault(example.id, example.where)
+        if other != example.where:
+            problems.append(Problem(example.where, example.id, f"duplicate ID, first used at {other}; make it unique"))
+    return chosen, problems
+
+
+def read_ids(path: str) -> set[str]:
+    """Example IDs from a file: a line an ID, or a line of JSON with "ids", as in metrics.jsonl and bad_steps.jsonl."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        ids = [name for line in lines if line for name in (json.loads(line)["ids"] if line[0] == "{" else [line])]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"--only-ids {path}: neither a line an ID nor lines of JSON with ids ({error!r})") from None
+    return set(ids)
+
+
+class Task:
+    """What a script decides and shared code asks: how an example becomes tokens and media, when an answer is right.
+
+    This is the complete contract: whatever else is in a script, nothing shared reads it. A subclass is made by
+    Task(folder, args) from the checkpoint's folder, without weights, calls super().__init__(args, tokenizer), and
+
+    must give
+        encode(example, answer)     (prefix, input_ids, labels), lists of token IDs. The prefix is what comes before the
+                                    question: system text, placeholders, one for each feature of the media. `answer` is
+                                    the example's own or a candidate; supervised is it and the EOS behind it, no more
+        placeholders(example)       {placeholder's ID: how many the prefix must hold}; an ID None is the checkpoint's
+                                    fault, listed already. Texts of the data may not contain these tokens
+        measure(data, name)         opens a file of data/ completely; returns, JSON-like, what its tokens are counted
+                                    from. Raises ValueError that names the file. Afterwards in self.measured[name]
+        read_media(data, trees)     {name: tensor} of prompt trees' media, in the order of the packed sequence; the
+                                    model takes it as `batch[name]`. Runs in worker processes: it draws nothing
+
+    may change
+        texts(example)              all texts that become tokens: none may hold a placeholder, EOS or a sentinel
+        media(example)              what is shown of an example; questions with the same prefix and media share a tree
+        positions(example, prefix)  (3, P) M-RoPE positions of the prefix; None counts from 0
+        score(prediction, example)        {"exact": bool, "relaxed": bool}; prediction is None where there is no answer
+        kind(example)               examples that agree in it can be asked about each other's media (--blind shuffled)
+        show(example, other)        the example, asked about the other's media
+        blank(media)                what read_media gives, with nothing to see in it (--blind blank)
+        remedy, synonyms            see below
+
+    and has
+        args, tokenizer             the settings, as parsed; the tokenizer with every token registered
+        processor                   the image processor, saved beside merged weights; None where there is none
+        measured                    {file: what `measure` returned}, once the data check has opened all
+        max_positions               of the language model, where more would be an error; None: not limited
+        faults                      Problems of the checkpoint's own files, listed by the data check: fault(where, text)
+        report                      what was found in them: JSON-like, for check.json and results.json
+
+    `example` is an Example or the script's subclass of it, `data` the Path of --data, `trees` a list of common.Prompt.
+
+    The model that the script's load_model(folder, task, dtype) returns is an nn.Module that has
+
+        vlm                         transformers' model: its parameters are trained, saved and merged
+        decoder                     its language model without the head, which is called with inputs_embeds
+        lm_head(hidden)             logits
+        hidden(input_ids, position_ids, mask, cache=None, media=None)
+                                    last hidden states (1, T, width); `media` is a batch, or None once media are cached
+        forward(batch)              (loss summed over the supervised tokens, their number)
+
+    python -m inputs.contract SCRIPT.py … puts both to the test.
+    """
+
+    remedy = ""  # what else than raising --pack-tokens helps where an example is too long, such as "lower --frames"
+    synonyms = ()  # sets of texts: in a relaxed match a member of one counts as any other of it
+
+    def __init__(self, args, tokenizer):
+        self.args, self.tokenizer, self.processor = args, tokenizer, None
+        self.measured, self.faults, self.report, self.max_positions = {}, [], {}, None
+
+    def fault(self, where: str, text: str) -> None:
+        """A fault of the checkpoint's file `where`, for which no example can be left out."""
+        self.faults.append(Problem(where, None, text))
+
+    def separate_pad(self) -> None:
+        """PAD and EOS apart, printed; ends where the tokenizer has no EOS. Last of all: a new PAD takes the next ID."""
+        try:
+            self.report["pad"] = common.separate_pad_from_eos(self.tokenizer)
+        except ValueError as error:
+            raise SystemExit(f"--model {self.args.model}: {error}") from None
+        print(self.report["pad"])
+
+    # ---- may be changed ----
+
+    def texts(self, example: Example) -> list[str]:
+        turns = [text for turn in example.history for text in turn]
+        return [example.question, example.answer, *(example.candidates or []), *turns]
+
+    def media(self, example: Example):
+        return example.media
+
+    def positions(self, example: Example, prefix: list[int]) -> torch.Tensor | None:
+        return None
+
+    def score(self, prediction: str | None, example: Example) -> dict[str, bool]:
+        return scoring.score(prediction, example, self.synonyms)
+
+    # ---- for blind runs ----
+
+    def kind(self, example: Example) -> tuple:
+        return ()
+
+    def show(self, example: Example, other: Example) -> Example:
+        return replace(example, media=other.media)
+
+    def blank(self, media: dict) -> dict:
+        """Every tensor of real numbers is zero."""
+        floating = {k for k, v in media.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        return {name: torch.zeros_like(value) if name in floating else value for name, value in media.items()}

@@ -1,0 +1,134 @@
+"""Videos and clips: which frames are shown, and reading them. A clip is a list of frames that the data name; a video is
+a folder of frames, an animation, an array, or a single picture.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from inputs.files import file_sha256, inside, listed
+from inputs.images import MAX_PIXELS, MODES
+
+FRAMES = (".jpg", ".jpeg", ".png")
+FILES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
+
+# ---- which frames ----
+
+
+def evenly(count: int, n: int) -> list[int]:
+    """n of `count` frames, the first and (of two or more) the last among them; all where there are no more than n.
+
+    One division, so that only a true half is rounded as one: 8 frames, 4 chosen, 7 / 3 apart, are 0 2 5 7.
+    """
+    if count <= n:
+        return list(range(count))
+    return [round(i * (count - 1) / max(1, n - 1)) for i in range(n)]
+
+
+def frames(entry: dict) -> list[str]:
+    """The files of a clip's frames, in the order of time. Raises ValueError where they are not, or no pictures."""
+    names, numbers = entry.get("frames"), entry.get("frame_numbers")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"frames must be a list of files, in the order of time: {names!r}")
+    if numbers is not None and (not isinstance(numbers, list) or [type(n) for n in numbers] != [int] * len(names)):
+        raise ValueError(f"frame_numbers must be an integer for each of the {len(names)} frames: {numbers!r}")
+    if numbers is not None and numbers != sorted(numbers):
+        raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be wrong")
+    if not all(name.lower().endswith(FRAMES) for name in names):
+        raise ValueError(f"frames must be files ending in {', '.join(FRAMES)}: {names}")
+    return names
+
+
+def find(data: Path, video: str, fast: int, slow: int) -> tuple[list[str], int | None]:
+    """([its file], None), or of a folder (the frames that are read, how many it holds): frame_2 before frame_10."""
+    files = listed(data, video)
+    known = FILES if files is None else FRAMES
+    wrong = [name for name in ([video] if files is None else files) if not name.lower().endswith(known)]
+    if wrong or files == []:
+        raise ValueError(f"{wrong[0] if wrong else video + ', an empty folder,'} is none of {', '.join(known)}")
+    return ([video], None) if files is None else ([files[i] for i in choose(len(files), fast, slow)[0]], len(files))
+
+
+def choose(count: int, fast: int, slow: int) -> tuple[list[int], list[int], list[int]]:
+    """Which of `count` frames are read, and which of these are on the fast and on the slow path."""
+    fast, slow = evenly(count, fast), evenly(count, slow)
+    read = sorted({*fast, *slow})
+    return read, [read.index(i) for i in fast], [read.index(i) for i in slow]
+
+
+class Media(NamedTuple):
+    """What a prompt tree shows: files, which frames of the video are read, and which of these are on either path."""
+
+    files: list[str]
+    frames: list[int]
+    fast: list[int]
+    slow: list[int]
+
+
+# ---- reading them ----
+
+
+def measure(data: Path, name: str) -> tuple[int, str]:
+    """(frames, sha256) of a file, each frame decoded."""
+    return sum(1 for _ in read_frames(data, name)), file_sha256(data, name)
+
+
+def count(files: list[str], of_folder: int | None, measured: dict) -> int:
+    """The frames of a video. Raises ValueError where a frame of a folder is itself an animation."""
+    several = [name for name in files if measured[name][0] != 1]
+    if of_folder and several:
+        raise ValueError(f"{several[0]} holds {measured[several[0]][0]} frames; in a folder each file is one")
+    return of_folder or measured[files[0]][0]
+
+
+def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Image.Image]:
+    """The frames of a video that are read, RGB. Raises ValueError where it has changed since it was measured.
+
+    A change is found by the number of frames, and with `contents`, a sha256 for each file, in all.
+    """
+    if contents:
+        changed = [name for name, known in zip(media.files, contents, strict=True) if file_sha256(data, name) != known]
+        if changed:
+            raise ValueError(f"{changed[0]} has changed since it was checked; start again")
+    if len(media.files) == 1:
+        found = list(read_frames(data, media.files[0], media.frames))
+    else:
+        found = [frame for name in media.files for frame in read_frames(data, name)]
+    if len(found) != len(media.frames):
+        raise ValueError(f"{media.files[0]} has other frames than when it was checked; start again")
+    return found
+
+
+def read_frames(data: Path, name: str, wanted=None, largest: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
+    path = inside(data, name)
+    try:
+        yield from (read_array if path.suffix.lower() == ".npy" else read_animation)(path, wanted, largest)
+    except Exception as error:  # damaged files make a decoder raise anything
+        raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from None
+
+
+def read_array(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or frames.size == 0:
+        raise ValueError(f"{frames.dtype} of shape {frames.shape}, not uint8 (frames, height, width, 3)")
+    for i in range(len(frames)) if wanted is None else wanted:
+        yield Image.fromarray(np.array(frames[i]))
+
+
+def read_animation(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
+    with Image.open(path, formats=["GIF", "WEBP", "PNG", "JPEG"]) as image:
+        if image.width * image.height > largest:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
+        if image.mode not in MODES:
+            raise ValueError(f"colour mode {image.mode}; convert it to RGB")
+        # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
+        single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
+        count = 1 if single else getattr(image, "n_frames", 1) - first
+        for i in range(count) if wanted is None else wanted:
+            image.seek(first + i)
+            image.load()
+            yield ImageOps.exif_transpose(image).convert("RGB")

@@ -1,0 +1,178 @@
+"""Figures of runs, drawn with matplotlib where it is installed: accuracy, calibration, training curves."""
+
+import hashlib
+import io
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+COLOURS = ("#4c86c6", "#dd8a3e", "#45a08f", "#9a76bd", "#cc6666", "#94795d", "#8a9a3b", "#8c8c8c")  # on black and white
+STYLE = {
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font and colour
+    "svg.hashsalt": "report",  # the same bytes each time
+    "text.parse_math": False,  # a question type such as $x$ is a name, not a formula
+    "path.simplify_threshold": 0.5,  # of very many steps in a row the lowest and highest are drawn
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "grid.color": "#8888884d",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+}
+MOST_PANELS = 12  # reliability diagrams
+
+
+def draw_figures(result: dict, curves: dict[str, list[dict]]) -> dict:
+    """{name: matplotlib Figure}: accuracy, calibration, curves, as far as there is something to draw.
+
+    {} where matplotlib is not installed: the page says how to have them.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return {}
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "accuracy": draw_accuracy(result["runs"]),
+            "calibration": draw_calibration(result["runs"]),
+            "curves": draw_curves(result["runs"], curves),
+        }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_accuracy(runs: list[dict]):
+    """A group of bars for each question type, one bar a run: exact, its interval, and the best baseline as a tick."""
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run["types"]))
+    groups = [(short_label(kind), [run["types"].get(kind) for run in runs]) for kind in kinds]
+    groups.append(("all questions", [run["micro"] for run in runs]))
+    height = 0.8 / len(runs) if len(runs) > 1 else 0.6
+    figure = new_figure(8.6, 1 + len(groups) * (0.16 + 0.2 * len(runs)))
+    axes, keys = figure.subplots(), {}
+    for place, (_, entries) in enumerate(groups):
+        for i, entry in enumerate(entries):
+            if entry is None:
+                continue  # this run has no such question
+            y = place + (i - (len(runs) - 1) / 2) * height
+            bar = {"color": COLOURS[i % len(COLOURS)], "label": short_label(runs[i]["name"])}
+            keys[i] = axes.barh(y, entry["exact"], height * 0.86, **bar)
+            if entry["interval"]:
+                line = {"linewidth": 1, "markersize": 5, "clip_on": False, "label": "95 % interval"}
+                (keys["interval"],) = axes.plot(entry["interval"], [y, y], "|-k", **line)
+            if entry["baselines"]:
+                tick = {"markersize": 13, "markeredgewidth": 2.5, "label": "best blind baseline"}
+                (keys["baseline"],) = axes.plot(max(entry["baselines"].values()), y, "|k", **tick)
+            axes.text(1.015, y, f"{100 * entry['exact']:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(groups)), [name for name, _ in groups])
+    axes.set_xticks(np.linspace(0, 1, 6), [f"{x} %" for x in range(0, 101, 20)])
+    axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))  # the first type on top
+    axes.xaxis.grid(True)
+    figure.legend(handles=[keys[key] for key in sorted(keys, key=str)], loc="outside upper left", ncols=3)
+    return figure
+
+
+def draw_calibration(runs: list[dict]):
+    """Reliability diagrams: of one run those of all questions and of its types, of several that of all questions."""
+    entries = [(run["name"], run["micro"]) for run in runs]
+    if len(runs) == 1:
+        entries = [("all questions", runs[0]["micro"]), *runs[0]["types"].items()]
+    panels = [(name, entry["calibration"]) for name, entry in entries if "calibration" in entry][:MOST_PANELS]
+    if not panels:
+        return None
+    columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
+    figure = new_figure(0.4 + 2.9 * columns, 2.9 * lines)
+    grid, fifths = figure.subplots(lines, columns, squeeze=False).ravel(), np.linspace(0, 1, 6)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, calibration) in zip(grid, panels, strict=False):
+        bins = [b for b in calibration["bins"] if b["n"]]
+        confidence, accuracy, n = ([b[field] for b in bins] for field in ("confidence", "accuracy", "n"))
+        middles, width = [(b["low"] + b["high"]) / 2 for b in bins], 0.94 / len(calibration["bins"])
+        axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
+        axes.bar_label(axes.bar(middles, accuracy, width, color=COLOURS[0], alpha=0.45), n, fontsize=6, padding=3)
+        axes.plot(confidence, accuracy, "o", color=COLOURS[0], markersize=4, clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1.08), xticks=fifths, yticks=fifths)
+        axes.set(xlabel="its probability", ylabel="share of right ones")
+        title = f"{short_label(name)}\nECE {calibration['ece']:.3f}, n {calibration['n']:,}"
+        axes.set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
+    """Loss with its validation, learning rate and gradient norm over the steps, as far as they were written."""
+    names = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+    names = {k: v for k, v in names.items() if any(k in line for lines in curves.values() for line in lines)}
+    if not names:
+        return None
+    figure = new_figure(8.6, 0.5 + 1.75 * len(names))
+    panels = figure.subplots(len(names), squeeze=False, sharex=True)[:, 0]
+    for axes, (field, name) in zip(panels, names.items(), strict=True):
+        if field != "lr":
+            axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib writes powers as formulas, which STYLE switches off
+        axes.yaxis.set_minor_formatter("{x:g}")
+        for i, run in enumerate(runs):
+            lines, colour = curves.get(run["name"], []), COLOURS[i % len(COLOURS)]
+            axes.plot(*series(lines, field), label=short_label(run["name"]), color=colour, linewidth=1, alpha=0.85)
+            if field == "loss":
+                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour, "markersize": 4.5}
+                axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
+        axes.set_ylabel(name)
+        axes.grid(True, which="both")
+    panels[-1].set_xlabel("step")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def series(lines: list[dict], field: str) -> tuple[list, list]:
+    """Steps and values, as far as they were written. What is not finite leaves a gap."""
+    found = [(line["step"], line[field]) for line in lines if isinstance(line.get(field), int | float)]
+    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+
+
+def short_label(text: str, most: int = 40) -> str:
+    """A name short enough for a figure, without characters that XML refuses."""
+    text = "".join(c if c.isprintable() else " " for c in str(text))
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def figure_svg(figure) -> str:
+    """The figure as SVG to put into a page: no background, its black is the colour of the text around it."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # its style element would hold for all of the page
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg ", '<svg role="img" fill="currentColor" stroke-linejoin="round" ', 1)
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # two figures of a page share no ID
+
+    def adapt(tag) -> str:
+        text = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", tag[0])
+        return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}-", text)
+
+    return re.sub(r"<[^>]*>", adapt, svg)  # inside tags alone: what the texts say is left as it is
+
+
+def write_figures(folder: Path, figures: dict) -> None:
+    """NAME.svg and NAME.png of each figure, on white, as a paper wants them."""
+    for name, figure in figures.items():
+        import matplotlib
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)

@@ -1,0 +1,246 @@
+"""The leakage check: what two splits share, and answers that contradict each other, before any figure is believed.
+
+Found are files, patients and pictures of one split that an earlier split has too, questions asked twice about the same
+media, and answers that say nothing. Files are compared by their bytes, still pictures also by how they look (see
+near_duplicates.py); pictures without structure by bytes alone: "flat" counts these.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from inputs.files import SPLITS, file_sha256
+from inputs.show import shorten
+from inputs.videos import FRAMES
+from report.near_duplicates import BITS, LEVELS, OF_BITS, closest, small_picture, structured
+from report.scoring import forms, normalise, says_nothing, score_answer
+from runtime.files import progress
+
+KINDS = ("same file", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
+
+
+def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> dict:
+    """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits, threshold.
+
+    Of an example are read where, split, id, groups, question, answer, also_right, question_type, history, and media
+    and shown, names relative to `data`. `digests` are sha256 of files that the caller has read already. A file that is
+    not there is compared by its name, and counted as "not looked at".
+    """
+    names = list(dict.fromkeys(name for example in examples for name in example.media))
+    pictures = {name for example in examples for name in example.shown if name.lower().endswith(FRAMES)}
+    known = digests or {}
+
+    def look(name: str) -> tuple:
+        try:
+            digest = known.get(name) or file_sha256(data, name)
+            return digest, small_picture(data, name) if name in pictures else None, True
+        except ValueError:  # whoever reads it for training says what is wrong with it
+            return known.get(name), None, False
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        looked = progress(pool.map(look, names), desc="leakage check", total=len(names))
+        looked = dict(zip(names, looked, strict=True))
+    content = {name: digest or name for name, (digest, _, _) in looked.items()}
+    small = {content[name]: picture for name, (_, picture, _) in looked.items() if picture is not None}
+    seen = {key: picture for key, picture in small.items() if structured(picture)}
+    findings = [
+        *same_files(examples, content),
+        *similar_pictures(examples, content, seen),
+        *shared_frames(examples, content),
+        *shared_groups(examples),
+        *repeated_questions(examples, content),
+        *empty_answers(examples),
+    ]
+    findings.sort(key=lambda finding: KINDS.index(finding["kind"]))
+    counts = dict.fromkeys(KINDS, 0) | Counter(finding["kind"] for finding in findings)
+    counts |= {"not looked at": sum(not found for _, _, found in looked.values()), "flat": len(small) - len(seen)}
+    splits = {split: describe_split([e for e in examples if e.split == split]) for split in SPLITS}
+    return {
+        "findings": findings,
+        "counts": counts,
+        "splits": {split: found for split, found in splits.items() if found["questions"]},
+        "threshold": {"bits": BITS, "of_bits": OF_BITS, "levels": LEVELS},
+    }
+
+
+# ---- what is looked for: each gives findings {"kind", "where", "text"} --------------------------------------
+
+
+def same_files(examples: list, content: dict[str, str]):
+    """The same bytes (of files that are not there the same name) shown in a split and in an earlier one."""
+
+    def files(example):
+        return [(name, content[name]) for name in example.shown]
+
+    for example, name, key, first in repeated(examples, files):
+        other = next(other for other, found in files(first) if found == key)
+        text = f"{name} of {example.split} is {'also' if name == other else other} in {first.split} ({first.where})"
+        if key == name:
+            text += ", by its name; the file is not here"
+        yield {"kind": "same file", "where": example.where, "text": text}
+
+
+def similar_pictures(examples: list, content: dict[str, str], pictures: dict):
+    """Each picture of a split that looks like one of an earlier split, and which; not those with the same bytes."""
+    earlier = {}  # content -> (example, name)
+    for split in SPLITS:
+        later = {}
+        for example in (example for example in examples if example.split == split):
+            for name in example.shown:
+                if content[name] in pictures and content[name] not in earlier:
+                    later.setdefault(content[name], (example, name))
+        for key, other, bits, turned in closest(list(earlier), list(later), pictures):
+            (example, name), (first, first_name) = later[key], earlier[other]
+            text = f"{name} of {split} looks like {first_name} of {first.split} ({first.where})"
+            text += f", {turned}" * bool(turned) + f": {bits} of {OF_BITS} bits differ"
+            yield {"kind": "near duplicate", "where": example.where, "text": text}
+        earlier |= later
+
+
+def shared_frames(examples: list, content: dict[str, str]):
+    """How many clips of val and test show frames of earlier splits: some, or nothing else."""
+    for split, found in overlaps(examples, content).items():
+        clips = [example for example in examples if example.split == split and len(example.shown) > 1]
+        if clips and found["shared"]:
+            text = f"{found['shared']} of {found['shown']} frames of {split} are in earlier splits too, in "
+            text += f"{found['questions_touched']} of {found['questions']} questions, "
+            text += f"{found['questions_contained']} of which show nothing else"
+            yield {"kind": "shared frames", "where": clips[0].where.partition(":")[0], "text": text}
+
+
+def shared_groups(examples: list):
+    """A patient, video or procedure of two splits. A group that is just a file's or example's own name is no group."""
+
+    def groups(example):
+        return [(group, group) for group in example.groups if group not in (*example.media, example.id)]
+
+    for example, name, _, first in repeated(examples, groups):
+        text = f"group {name} of {example.split} is also in {first.split} ({first.where})"
+        yield {"kind": "shared group", "where": example.where, "text": text}
+
+
+def repeated(examples: list, keys):
+    """(example, name, key, first example) of each key that an earlier split has, too; keys(example): (name, key)s."""
+    first = {}
+    for split in SPLITS:
+        found = {}
+        for example in (example for example in examples if example.split == split):
+            for name, key in keys(example):
+                found.setdefault(key, (example, name))
+        yield from ((example, name, key, first[key]) for key, (example, name) in found.items() if key in first)
+        first = {key: example for key, (example, _) in found.items()} | first
+
+
+def repeated_questions(examples: list, content: dict[str, str]):
+    """The same question asked of the same media after the same turns: a second time, or with another answer.
+
+    Not of a text alone, where a greeting has many right replies; captions (no question) may differ, as descriptions do.
+    """
+    asked = defaultdict(list)  # what is asked -> [examples that agree], one list for each answer
+    for example in examples:
+        shown = tuple(content[name] for name in example.shown)
+        if not shown or says_nothing(example.answer):
+            continue
+        question = normalise(example.question)
+        answers = asked[question, shown, json.dumps(example.history, default=str)]
+        same = next((part for part in answers if agree(part[0], example)), None)
+        what = f"{shorten(example.question, 80)!r} of {example.shown[0]}" + (" …" if len(shown) > 1 else "")
+        if same:
+            text = f"{what} is asked at {same[0].where}, too, with the same answer {shorten(example.answer, 80)!r}"
+            yield {"kind": "same question", "where": example.where, "text": text}
+            same.append(example)
+            continue
+        if answers and question:
+            mine, theirs = shorten(example.answer, 80), shorten(answers[0][0].answer, 80)
+            text = f"{what} is answered {mine!r}, but {theirs!r} at {answers[0][0].where}"
+            yield {"kind": "conflict", "where": example.where, "text": text}
+        answers.append([example])
+
+
+def agree(one, other) -> bool:
+    """Has the answer of one example a form that is right for the other?"""
+    mine, theirs = ([form for form in forms(example) if not says_nothing(form)] for example in (one, other))
+    pairs = [pair for a in mine for b in theirs for pair in ((a, b), (b, a))]
+    # both ways: "(a) red" is answered rightly by "red", but not the other way round
+    return any(score_answer(*pair, one.question_type)["exact"] for pair in pairs)
+
+
+def empty_answers(examples: list):
+    for example in (example for example in examples if says_nothing(example.answer)):
+        text = f"the answer of {example.id} is {example.answer!r}"
+        yield {"kind": "empty answer", "where": example.where, "text": text}
+
+
+# ---- what the splits hold -----------------------------------------------------------------------------------
+
+
+def overlaps(examples: list, digests: dict[str, str]) -> dict[str, dict]:
+    """For val and test: how many files, by their content, are in earlier splits too, and whose questions these are.
+
+    `questions_touched` show at least one such file, `questions_contained` nothing else.
+    """
+    found, earlier = {}, set()
+    for split in SPLITS:
+        part = [{digests.get(name) for name in example.shown} for example in examples if example.split == split]
+        files = set().union(*part) - {None}
+        if split != "train" and part:
+            shared = files & earlier
+            touched = sum(bool(p & shared) for p in part)
+            contained = sum(bool(p) and p <= shared for p in part)  # a text alone shows nothing
+            found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}
+            found[split] |= {"questions_touched": touched, "questions_contained": contained}
+        earlier |= files
+    return found
+
+
+def describe_split(examples: list) -> dict:
+    """How many questions, files, questions of each type, and which answers; single_class: types that have one only."""
+    types, answers, by_type = Counter(), Counter(), defaultdict(set)
+    for example in examples:
+        types[example.question_type] += 1
+        answers[shorten(example.answer, 80)] += 1
+        by_type[example.question_type].add(normalise(str(example.answer)))
+    return {
+        "questions": len(examples),
+        "files": len({name for example in examples for name in example.media}),
+        "question_types": dict(sorted(types.items())),
+        "answers": dict(answers.most_common(10)),
+        "distinct_answers": len(set().union(*by_type.values())),
+        "single_class": sorted(kind for kind, found in by_type.items() if len(found) == 1 and types[kind] > 1),
+    }
+
+
+# ---- printing -----------------------------------------------------------------------------------------------
+
+
+def print_result(result: dict, most: int = 10) -> None:
+    """A line a split, a line a finding (of each kind the first ten), and whether there are any."""
+    for split, found in result["splits"].items():
+        print(f"{split}: {describe(found)}")
+    counts = {kind: result["counts"][kind] for kind in KINDS if result["counts"][kind]}
+    for kind, n in counts.items():
+        for finding in islice((f for f in result["findings"] if f["kind"] == kind), most):
+            print(shorten(f"{kind}: {finding['where']}: {finding['text']}"))
+        if n > most:
+            print(f"{kind}: … and {n - most} more")
+    if result["counts"]["not looked at"]:
+        print(f"{result['counts']['not looked at']} files could not be opened: compared by name or bytes only")
+    if result["counts"]["flat"]:
+        print(f"{result['counts']['flat']} pictures are black, white or of one shade: compared by bytes only")
+    total, listed = sum(counts.values()), ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    found = f"{total} finding{'s' if total > 1 else ''} ({listed})" if total else "no findings"
+    print(f"leakage check: {found}")
+
+
+def describe(split: dict) -> str:
+    """A split of `check` in a line, which names no more than fits into it."""
+    n, answers = split["questions"], islice(split["answers"].items(), 3)
+    often = ", ".join(f"{shorten(answer, 16)!r} {count / n:.0%}" for answer, count in answers)
+    text = f"{n} questions of {len(split['question_types'])} types, {split['files']} files, "
+    text += f"{split['distinct_answers']} different answers, most often {often}"
+    if split["single_class"]:
+        text += f"; always the same answer to {shorten(', '.join(split['single_class']), 40)}"
+    return text

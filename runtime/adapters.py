@@ -1,0 +1,142 @@
+"""What is trained, as files: adapters in peft's format, or the trained parameters by name.
+
+adapter_model.safetensors and adapter_config.json open in peft, and plain LoRA adapters written by peft open here.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from common import LoRALinear, add_lora, lora_layers
+
+PREFIX = "base_model.model."  # peft's, before the name of every tensor
+UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "fan_in_fan_out"]
+UNSUPPORTED += ["use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"]
+
+
+def save_trained(model: nn.Module, folder: Path, trained: dict[str, torch.Tensor]) -> None:
+    """Everything that is trained: an adapter, or with full tuning `trained`, by parameter name, on the CPU."""
+    if lora_layers(model):
+        save_adapter(model, folder)
+    else:
+        save_file(trained, Path(folder) / "model.safetensors")
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Load what save_trained wrote. Raises ValueError where names or shapes are not the model's, which then stays."""
+    if lora_layers(model):
+        load_adapter(model, folder)
+        return
+    tensors = load_file(Path(folder) / "model.safetensors")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes, expected = ({name: t.shape for name, t in found.items()} for found in (tensors, trained))
+    wrong = {name for name, _ in shapes.items() ^ expected.items()}
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} parameters do not fit the model, such as {min(wrong)}")
+    copy(tensors, trained)
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as peft does, trained plain modules included.
+
+    A projector that is trained but not saved is lost without a word; here whatever requires a gradient is saved.
+    Raises ValueError where there are no LoRA layers, where one is merged, or where they differ in r or alpha.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged: save the adapter before merging")
+    first = next(iter(layers.values()))
+    if any((m.r, m.alpha, m.rslora) != (first.r, first.alpha, first.rslora) for m in layers.values()):
+        raise ValueError("layers with different r or alpha cannot be saved: adapter_config.json names one of each")
+    plain = trained_plain_modules(model)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(model, "name_or_path", ""),
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout.p,
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(layers),
+        "modules_to_save": plain or None,
+        "task_type": None,
+    }
+    tensors = matrices(layers)
+    for name in plain:
+        tensors |= {f"{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
+    tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> list[str]:
+    """Load an adapter written by save_adapter or by peft; adds the LoRA layers where the model has none.
+
+    Returns the names of the LoRA layers. Every key of the file must have its place and every adapter and trained
+    module of the model its key; anything else raises ValueError, as do peft features not supported here.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    refuse_unsupported(config, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    if not lora_layers(model):
+        r, alpha = config["r"], config["lora_alpha"]
+        pattern = "|".join(re.escape(name) for name in names)
+        add_lora(model, pattern, r, alpha, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.alpha, layer.rslora = config["lora_alpha"], config.get("use_rslora", False)
+    places = matrices(layers)
+    plain = {*trained_plain_modules(model), *(key.rpartition(".")[0] for key in tensors.keys() - places.keys())}
+    places |= {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in plain}
+    if places.keys() != tensors.keys():
+        homeless, missing = tensors.keys() - places.keys(), places.keys() - tensors.keys()
+        raise ValueError(
+            f"{folder}: adapter and model do not fit: {len(homeless)} keys without a place "
+            f"({min(homeless, default='none')}), {len(missing)} not in the file ({min(missing, default='none')})"
+        )
+    for key, tensor in tensors.items():
+        if places[key].shape != tensor.shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)}, the model {tuple(places[key].shape)}")
+    copy(tensors, places)
+    return names
+
+
+def refuse_unsupported(config: dict, folder: Path) -> None:
+    """Raise ValueError for an adapter that is not plain LoRA: it would load, and answer otherwise than trained."""
+    used = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+        used.append("init_lora_weights")  # others, such as PiSSA, change the base weights too
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
+        raise ValueError(f"{folder}: only plain LoRA adapters can be loaded ({used or config.get('peft_type')})")
+
+
+def matrices(layers: dict[str, LoRALinear]) -> dict[str, torch.Tensor]:
+    """{peft's name, without its prefix: A (r, in) or B (out, r)}"""
+    return {f"{name}.lora_{x}.weight": getattr(m, f"lora_{x}") for name, m in layers.items() for x in "AB"}
+
+
+def trained_plain_modules(model: nn.Module) -> list[str]:
+    """The names of trained modules without an adapter, such as a projector's layers."""
+    lora = {f"{name}.lora_{x}" for name in lora_layers(model) for x in "AB"}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name not in lora]
+    return sorted({name.rpartition(".")[0] for name in trained})
+
+
+@torch.no_grad()
+def copy(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)

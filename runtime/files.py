@@ -1,0 +1,87 @@
+"""Writing files so that a kill or a full disk harms nothing that was saved before."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+from tqdm import tqdm
+
+from runtime.ranks import rank
+
+
+@contextmanager
+def writing(path: Path):
+    """Turn a write that fails into an error that says what was full, or not ours to write."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        raise SystemExit(
+            f"{path} cannot be written: {error} ({free / 2**20:,.0f} MB free in {folder}). What was saved before is "
+            "complete: fix the cause and start the same command again"
+        ) from None
+
+
+@contextmanager
+def replacing(folder: Path):
+    """A folder to write into, which takes the place of `folder` once it is complete."""
+    temporary = folder.with_name(folder.name + ".writing")
+    with writing(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def write_json(path: Path, value) -> None:
+    """Replace a JSON file completely, never in place; on the first rank only."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, lines: list[dict]) -> None:
+    """The same for a file of JSON lines."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for any text."""
+    if rank() == 0:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".writing")
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(values) -> str:
+    """A digest of JSON-like values: whether the data of two runs are the same."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode())
+    return digest.hexdigest()
+
+
+def progress(iterable=None, **settings) -> tqdm:
+    """A progress bar where there is a terminal, on the first rank."""
+    return tqdm(iterable, dynamic_ncols=True, disable=not sys.stderr.isatty() or rank() > 0, **settings)

@@ -1,0 +1,211 @@
+"""The flags that every script shares, and how they are parsed, printed and adopted."""
+
+import argparse
+import os
+import sys
+import textwrap
+from importlib.util import find_spec
+
+from runtime.foreign_flags import explain
+
+YES_NO = argparse.BooleanOptionalAction
+LORA_AND_FULL = {"lora": "adapters", "full": "every parameter"}
+ANSWERS = {"free": "greedy", "trie": "constrained", "score": "ranked"}  # names that --decode also takes
+OVERFIT_STEPS = 200  # of --overfit, unless --max-steps is given
+
+
+def positive(text: str) -> int:
+    """A count of at least one, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A share from 0 to 1, for argparse."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def board(text: str) -> str:
+    """Where metrics go as well, for argparse: tensorboard or wandb:PROJECT, whose package must be there."""
+    package, _, project = text.partition(":")
+    if package not in ("tensorboard", "wandb") or bool(project) != (package == "wandb"):
+        raise argparse.ArgumentTypeError(f"{text} is neither tensorboard nor wandb:PROJECT")
+    if find_spec(package) is None:
+        raise argparse.ArgumentTypeError(f"{package} needs a package: pip install {package}")
+    return text
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and a line for most flags."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """A flag as it is written: "--[no-]report"."""
+        if isinstance(action, YES_NO):
+            return action.option_strings[0].replace("--", "--[no-]")
+        return super()._format_action_invocation(action)
+
+
+def wide(prog: str) -> Help:
+    return Help(prog, max_help_position=28, width=120)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says of a flag that it does not know what it is called here, and keeps --help short."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=wide, allow_abbrev=False, add_help=False)
+        self.usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error("\n".join(explain(unknown, list(self._option_string_actions))))
+        return found
+
+
+def shared(doc: str, tunings: dict[str, str] | None = None, **defaults) -> Parser:
+    """A parser with the options of every script.
+
+    `defaults` are the script's own values for them, `tunings` its own {choice of --tune: what it means}, the default
+    first.
+    """
+    parser = Parser(doc)
+    add_data(parser.add_argument_group("what to train on").add_argument)
+    add_trained(parser.add_argument_group("what is trained").add_argument, tunings or LORA_AND_FULL)
+    add_training(parser.add_argument_group("how it is trained").add_argument)
+    add_machine(parser.add_argument_group("where it runs").add_argument)
+    add_saving(parser.add_argument_group("saving, resuming, answering").add_argument)
+    add_modes(parser.add_argument_group("modes instead of training").add_argument)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def add_data(add) -> None:
+    add("--model", help="model folder, or hub ID (downloaded first); required")
+    add("--data", help="data folder; required but for --merge, and for --check of the model alone")
+    add("--out", metavar="RUN", help="run folder: all that is written goes there; required where --data is")
+    add("--limit", type=positive, metavar="N", help="use only the first N examples of each split (default: all)")
+    add("--skip-bad", action=YES_NO, default=False, help="leave examples with faults out, by name (default: no)")
+    text = "train on these examples alone: a line an ID, or a bad_steps.jsonl to replay (default: all)"
+    add("--only-ids", metavar="FILE", help=text)
+
+
+def add_trained(add, tunings: dict[str, str]) -> None:
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in tunings.items())
+    choices = list(tunings)
+    add("--tune", choices=choices, default=choices[0], help=f"{meanings} (default: %(default)s)")
+    add("--lora-r", type=positive, metavar="R", default=16, help="rank of the adapters (default: %(default)s)")
+    add("--lora-alpha", type=float, metavar="A", default=32, help="they are scaled by A / R (default: %(default)s)")
+    add("--lora-dropout", type=share, metavar="P", default=0.05, help="probability, 0 to 1 (default: %(default)s)")
+
+
+def add_training(add) -> None:
+    add("--lr", type=float, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    text = "share of the steps until the peak; then half a cosine to zero (default: %(default)s)"
+    add("--warmup", type=share, metavar="SHARE", default=0.03, help=text)
+    add("--weight-decay", type=float, metavar="W", default=0.0, help="AdamW's, a step W x lr (default: %(default)s)")
+    add("--clip", type=float, metavar="NORM", default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--epochs", type=positive, metavar="N", default=1, help="passes over the data (default: %(default)s)")
+    add("--max-steps", type=positive, metavar="N", help="end after N optimizer steps (default: all of the epochs)")
+    text = "most questions of an optimizer step, over all ranks (default: %(default)s)"
+    add("--questions-per-step", type=positive, metavar="N", default=64, help=text)
+    text = "most tokens of a packed sequence, as memory allows (default: %(default)s)"
+    add("--pack-tokens", type=positive, metavar="N", default=4096, help=text)
+    text = "read an image once for all its questions (default: yes)"
+    add("--share-prefix", action=YES_NO, default=True, help=text)
+    add("--seed", type=int, metavar="N", default=0, help="of every random draw (default: %(default)s)")
+
+
+def add_machine(add) -> None:
+    add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
+    text = "number format (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=text)
+    text = "processes that read media (default: 0, in the trainer itself)"
+    add("--workers", type=int, metavar="N", default=0, help=text)
+    text = "several ranks: a complete model each, or decoder layers sharded over them (default: %(default)s)"
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=text)
+    text = "compute activations again: less memory, slower (default: no)"
+    add("--grad-checkpoint", action=YES_NO, default=False, help=text)
+    text = "send metrics to tensorboard (RUN/tensorboard) or wandb:PROJECT, too; repeatable (default: neither)"
+    add("--log-to", action="append", type=board, default=[], metavar="BOARD", help=text)
+
+
+def add_saving(add) -> None:
+    text = "optimizer steps between checkpoints, of which two are kept (default: %(default)s)"
+    add("--save-every", type=positive, metavar="N", default=200, help=text)
+    text = "optimizer steps between validation losses, each after a checkpoint (default: %(default)s)"
+    add("--eval-every", type=positive, metavar="N", default=200, help=text)
+    text = "auto (newest complete checkpoint of RUN), none, or a checkpoint's folder (default: %(default)s)"
+    add("--resume", default="auto", metavar="WHAT", help=text)
+    text = "resume although settings or data have changed since the checkpoint (default: no)"
+    add("--resume-anyway", action="store_true", help=text)
+    splits = ["test", "val", "train"]
+    text = "split that is answered at the end: test, val or train (default: %(default)s)"
+    add("--eval-split", choices=splits, metavar="SPLIT", default="test", help=text)
+    choices = ["greedy", "constrained", "ranked", "both"]
+    text = "greedy: token by token; constrained: so, among allowed answers; ranked: the likeliest allowed answer, with "
+    text += "probabilities; both: greedy, and ranked besides (default: %(default)s)"
+    kind = {"type": lambda text: ANSWERS.get(text, text), "choices": choices, "metavar": "HOW"}
+    add("--decode", **kind, default="greedy", help=text)
+    text = "most tokens of an answer that is not ranked (default: %(default)s)"
+    add("--max-answer-tokens", type=positive, metavar="N", default=64, help=text)
+    text = "with --eval-only: show nothing, or another group's media; into RUN/blind (default: no)"
+    add("--blind", choices=["blank", "shuffled"], help=text)
+    add("--report", action=YES_NO, default=True, help="write RUN/report/report.html after answering (default: yes)")
+
+
+def add_modes(add) -> None:
+    add("-h", "--help", action="help", help="show this and exit")
+    add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
+    text = f"overfit the first N examples in {OVERFIT_STEPS} steps (or --max-steps); exit code 1 if one is wrong"
+    add("--overfit", type=positive, metavar="N", help=text)
+    add("--eval-only", action="store_true", help="answer --eval-split with what --resume has trained")
+    add("--merge", metavar="DIR", help="write the model with what --resume has trained as one model folder")
+
+
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The settings, those given printed; ends with what is missing. `command` is the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    args.command = argv
+    needed = ["model"] if args.merge or (args.check and not args.data) else ["model", "data", "out"]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} required")
+    if args.merge and args.resume == "auto" and not args.out:
+        parser.error("--merge: --out RUN required, or --resume FOLDER")
+    modes = [
+        f"--{mode.replace('_', '-')}" for mode in ("check", "overfit", "eval_only", "merge") if getattr(args, mode)
+    ]
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(modes)}: one at a time")
+    if args.blind and not args.eval_only:
+        parser.error("--blind is for --eval-only")
+    if args.overfit:
+        args.resume, args.max_steps = "none", args.max_steps or OVERFIT_STEPS
+        args.epochs, args.out = args.max_steps, f"{args.out}/overfit"
+    print_settings(parser, args)
+    return args
+
+
+def print_settings(parser: Parser, args: argparse.Namespace) -> None:
+    """The settings that were given, in few lines; config.json has all of them. Of several ranks the first prints."""
+    given = []
+    for name, value in vars(args).items():
+        if name != "command" and value != parser.get_default(name):
+            text = str(value)
+            given.append(f"{name} {text if len(text) <= 60 else f'{text[:20]}…{text[-38:]}'}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        text = f"settings: {', '.join(given)}; all others are the defaults (--help)"
+        print(textwrap.fill(text, 160, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def adopt(args: argparse.Namespace, saved: dict, source) -> None:
+    """Settings that a saved model is bound to, printed where they are not those given."""
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            print(f"{name} {value} (from {source})")
+            setattr(args, name, value)

@@ -1,0 +1,117 @@
+"""One owner of a run folder: RUN/lock names its host and process."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from runtime.files import writing
+from runtime.ranks import on_first_rank
+
+
+class Lock:
+    """Held by a run while it writes its folder; a second run is refused, a dead one's lock taken.
+
+    Whether a process of this host lives is asked of the kernel. Of another host nothing can be asked: there the owner
+    touches the file every ten seconds, and a lock that nobody touches for two minutes is a dead run's (one minute is
+    how long a network file system may show an old time).
+    """
+
+    touch, patience = 10.0, 120.0  # seconds
+
+    def __init__(self, folder: Path):
+        self.path = folder / "lock"
+        self.text = json.dumps(process(os.getpid()))
+        self.done = threading.Event()
+
+    def __enter__(self) -> "Lock":
+        on_first_rank(self.take)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        if text_of(self.path) == self.text:
+            self.path.unlink(missing_ok=True)
+
+    def take(self) -> None:
+        """Write the lock; SystemExit where another run lives."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    with self.path.open("x") as file:
+                        file.write(self.text)
+                    break
+                except FileExistsError:
+                    self.wait_for_the_dead()
+        threading.Thread(target=self.keep, daemon=True).start()
+
+    def keep(self) -> None:
+        """Touch the lock until it is given back."""
+        while not self.done.wait(self.touch):
+            with suppress(OSError):  # tried again; if it is gone for good, the next checkpoint says so
+                os.utime(self.path)
+
+    def wait_for_the_dead(self) -> None:
+        """Remove the lock of a dead run; SystemExit where its run lives."""
+        text = text_of(self.path)
+        if text is None:
+            return
+        touched = self.path.stat().st_mtime_ns
+        try:
+            owner = json.loads(text)
+            where = f"process {owner['pid']} on {owner['host']}"
+        except (ValueError, KeyError, TypeError):
+            owner, where = {}, "an unknown process"
+        living = f"{self.path.parent} is in use by {where}: stop it first, or use another --out"
+        if owner.get("host") == socket.gethostname():
+            if owner == process(owner["pid"]):
+                raise SystemExit(living)
+        else:
+            print(f"{self.path} is of {where}: waiting {self.patience:.0f} s for a sign of life", flush=True)
+            end = time.monotonic() + self.patience
+            while time.monotonic() < end:
+                time.sleep(self.touch / 10)
+                if text_of(self.path) != text:  # given back, or taken over by somebody else
+                    return
+                if self.path.stat().st_mtime_ns != touched:
+                    raise SystemExit(living)
+        self.take_over(text, where)
+
+    def take_over(self, text: str, where: str) -> None:
+        """Remove a dead run's lock, unless another run was quicker."""
+        mine = self.path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
+        with suppress(FileNotFoundError):  # of several that wait, one can rename it
+            self.path.rename(mine)
+            if text_of(mine) == text:
+                print(f"{self.path} was left by {where}, which has ended: taken over")
+                mine.unlink()
+            else:  # another was quicker, and this is its lock
+                mine.rename(self.path)
+
+
+def text_of(path: Path) -> str | None:
+    """What a lock says, None where there is none."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def process(pid: int) -> dict | None:
+    """A living process of this host, known by its number and by when it began; None where it is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text() if sys.platform == "linux" else os.kill(pid, 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    fields = stat.rpartition(")")[2].split() if stat else [""] * 20
+    return None if fields[0] == "Z" else {"host": socket.gethostname(), "pid": pid, "began": fields[19]}
+
+
+def taken_over(folder: Path) -> bool:
+    """Whether another run has taken a folder that this process owns."""
+    return text_of(folder / "lock") not in (None, json.dumps(process(os.getpid())))

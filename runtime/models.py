@@ -1,0 +1,253 @@
+"""Models as the scripts open, count, merge and write them: no weight is ever random, or lost, without a word."""
+
+import functools
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import safetensors
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+import common
+from runtime import adapters, checkpoints, folders, show
+from runtime.files import replacing, write_json, writing
+from runtime.folders import read_json
+from runtime.ranks import on_first_rank, rank
+
+# ---- folders ----
+
+
+def find(name: str, weights: bool, flag: str = "--model") -> Path:
+    """The folder of a model, downloaded first where `name` is a hub ID; without `weights` its small files alone.
+
+    All ranks must call it. SystemExit where files are missing or cut off.
+    """
+    return Path(on_first_rank(lambda: str(folders.find(name, weights, flag=flag))))
+
+
+def find_part(args, kind: str, default: str | None = None) -> None:
+    """The model that --KIND-model ("audio", "vision") takes a part from: args.KIND_model becomes its folder.
+
+    args.KIND_weights becomes its fingerprint; both None without flag and default. Refused where a checkpoint, whose
+    fingerprint args.KIND_weights then is, was trained with another. All ranks must call it.
+    """
+    flag, known = f"--{kind}-model", getattr(args, f"{kind}_weights")
+    name = getattr(args, f"{kind}_model") or default
+    if name is None and known:
+        raise SystemExit(f"the checkpoint was trained with a part of another model: give it with {flag}")
+    if name is None:
+        return
+    folder = find(name, not args.check, flag)
+    found = part_fingerprint(folder)
+    if known not in (None, found):
+        raise SystemExit(f"{flag} {folder}: the checkpoint was trained with another model, or another configuration")
+    setattr(args, f"{kind}_model", str(folder))
+    setattr(args, f"{kind}_weights", found)
+
+
+@functools.lru_cache
+def part_fingerprint(folder: Path) -> str:
+    """Of a folder's weights and of every *config.json, such as how images are prepared."""
+    small = [path for path in folder.glob("*config.json") if path.is_file()]
+    return folders.fingerprint(folder, [*small, *folders.weight_files(folder)])[:12]
+
+
+def config(folder: Path, kinds: str | tuple[str, ...], remedy: str = "", flag: str = "--model"):
+    """The configuration, whose model_type must be `kinds`, or one of them."""
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    found = read_json(folder / "config.json").get("model_type")
+    if found not in kinds:
+        text = f"{flag} {folder}: model_type {found!r}, not {' or '.join(map(repr, kinds))}"
+        raise SystemExit(f"{text}; {remedy}" if remedy else text)
+    return AutoConfig.from_pretrained(folder)
+
+
+def tokenizer(folder: Path):
+    """The checkpoint's tokenizer, with its chat template wherever that stands; says where it was found."""
+    found = transformers.AutoTokenizer.from_pretrained(folder)  # reads the first and the third of these
+    source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else None
+    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
+        saved = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if saved and not source:
+            found.chat_template, source = saved if isinstance(saved, str) else found.chat_template, name
+    if source:
+        print(f"chat template: {folder / source}")
+    return found
+
+
+def refuse_template(task, folder: Path, mark: str) -> None:
+    """Ends the program unless the checkpoint's chat template writes `mark` once for an image."""
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    try:
+        rendered = task.tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise SystemExit(f"--model {folder}: {error}; copy the original checkpoint's tokenizer files") from None
+    if rendered.count(mark) != 1:
+        text = f"the chat template does not write {mark} for an image but {rendered!r}"
+        raise SystemExit(f"--model {folder}: {text}; copy the original checkpoint's")
+
+
+# ---- weights ----
+
+
+def without_weights() -> bool:
+    """Whether models are only counted: under torch.device("meta")."""
+    return torch.get_default_device().type == "meta"
+
+
+def open_model(
+    kind,
+    folder: Path,
+    config,
+    dtype: torch.dtype,
+    grafted: tuple[str, ...] = (),
+    replaced: str = "",
+    remedy: str = "",
+    part: str = "",
+    from_scratch: bool = False,
+) -> nn.Module:
+    """kind.from_pretrained; ends the program where a weight is missing or has no place: it would be random, or lost.
+
+    `grafted` are the prefixes of weights that the script loads itself, see load_part; of the model's own the folder
+    may lack those whose names contain `replaced`. `remedy` is what helps where a weight has no place. With `part` it
+    is that part of a larger model whose names begin so; transformers translates the rest of them, load_part does not.
+    `from_scratch` alone draws the weights; under torch.device("meta") there are none.
+    """
+    try:
+        if without_weights() or from_scratch:
+            if not hasattr(kind, "from_config"):  # no Auto class
+                return kind(config)
+            return kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
+        names = {rf"^{re.escape(part)}": ""} if part else None
+        settings = {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "key_mapping": names}
+        model, found = kind.from_pretrained(folder, **settings, output_loading_info=True)
+        transformers.logging.set_verbosity(level)
+    except ValueError as error:  # no such model, or none whose attention takes a mask
+        raise SystemExit(f"--model {folder}: {error}") from None
+    missing = sorted(name for name in found["missing_keys"] if not (replaced and replaced in name))
+    if missing:
+        text = f"{len(missing)} weights are missing, such as {missing[0]}; download it again"
+        raise SystemExit(f"--model {folder}: {text}")
+    foreign = sorted(name for name in found["unexpected_keys"] if not name.startswith(grafted))
+    if foreign and not part:
+        text = f"{len(foreign)} weights without a place, such as {foreign[0]}"
+        raise SystemExit(f"--model {folder}: {text}" + (f"; {remedy}" if remedy else ""))
+    return model
+
+
+def load_part(folder: Path, prefixes: tuple[str, ...], module: nn.Module) -> None:
+    """Load one module's weights, those whose names begin with a prefix, from a folder of safetensors."""
+    if without_weights():
+        return
+    weights = {}
+    for path in folders.weight_files(folder):
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            for prefix in prefixes:
+                found = [name for name in names if name.startswith(prefix)]
+                weights |= {name.removeprefix(prefix): file.get_tensor(name) for name in found}
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SystemExit(f"{folder}: {prefixes[0]}* does not fit {type(module).__name__}: {error}") from None
+
+
+def load_parts(folder: Path, vlm: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """The weights of what a script has grafted onto a model, saved with it: ("projector.", …)."""
+    for prefix in prefixes:
+        load_part(folder, (prefix,), vlm.get_submodule(prefix[:-1]))
+
+
+def refuse_short_window(vlm: nn.Module, args) -> None:
+    """Ends the program where the model's attention would not reach over a packed sequence."""
+    window = getattr(vlm.config.get_text_config(), "sliding_window", None)
+    if window is not None and window < args.pack_tokens:
+        raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
+
+
+def checkpoint_gradients(vlm: nn.Module, args) -> None:
+    """--grad-checkpoint: activations are computed again for the backward pass."""
+    if args.grad_checkpoint:  # not reentrant: the inputs of a frozen base need no gradient
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ---- counting, merging, writing ----
+
+
+def print_trained(vlm: nn.Module) -> None:
+    """How many parameters are trained, of how many, by component: at most a few lines."""
+    counts, layers = Counter(), set()
+    for name, parameter in vlm.named_parameters():
+        if parameter.requires_grad:
+            counts[show.component(name)] += parameter.numel()
+            layers |= {name.split(".")[-2]} if show.component(name) == "LoRA" else set()
+    total = sum(parameter.numel() for parameter in vlm.parameters())
+    parts = [f"{part} {n:,}" + (f" ({', '.join(sorted(layers))})" * (part == "LoRA")) for part, n in counts.items()]
+    print(f"trained: {counts.total():,} of {total:,} parameters ({counts.total() / total:.2%}): {'; '.join(parts)}")
+
+
+def refuse_faults(task) -> None:
+    """Ends the program where the checkpoint has faults, which the data check would have listed."""
+    if task.faults:
+        raise SystemExit("\n".join(map(str, task.faults)))
+
+
+def count(load_model, folder: Path, task, run) -> None:
+    """Print which parameters would be trained, and how many: of the script's own model, without its weights."""
+    refuse_faults(task)
+    with torch.device("meta"):
+        vlm = load_model(folder, task, run.dtype).vlm
+    show.print_parameters(vlm)
+
+
+def merge(load_model, folder: Path, task, run, dtype: torch.dtype | None = None) -> None:
+    """--merge DIR: the model with what run.checkpoint has trained, as one folder that transformers opens."""
+    refuse_faults(task)
+    checkpoints.refuse_other_model(run, folder)
+    if rank() == 0:
+        with writing(Path(run.args.merge)):
+            write_model(load_model, folder, task, run.checkpoint, Path(run.args.merge), dtype or run.dtype)
+    print(f"wrote {run.args.merge}")
+
+
+def write_final(load_model, folder: Path, task, run) -> None:
+    """RUN/adapter, or RUN/model where every parameter is trained: what run.checkpoint holds."""
+
+    def write() -> None:
+        adapter = list(run.checkpoint.glob("adapter_*"))
+        with replacing(run.folder / ("adapter" if adapter else "model")) as target:
+            if not adapter:
+                write_model(load_model, folder, task, run.checkpoint, target, run.dtype)
+            for path in adapter:
+                shutil.copy(path, target)
+
+    on_first_rank(write)
+
+
+def write_model(load_model, folder: Path, task, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+    """The merged model in `dtype`, with tokenizer, image processor and the small files of the folder it came from."""
+    vlm = load_model(folder, task, dtype).vlm
+    adapters.load_trained(vlm, checkpoint)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
+            shutil.copy(path, target)
+    common.merge_lora(vlm).to(dtype).save_pretrained(target)
+    task.tokenizer.save_pretrained(target)
+    if task.processor is not None:  # volumes have none
+        save_image_processor(task.processor, target)
+
+
+def save_image_processor(processor, folder: Path) -> None:
+    """Write it as the model was trained with it, also into the other file that may hold one."""
+    processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    saved = read_json(path) if path.is_file() else {}
+    if "image_processor" in saved:
+        write_json(path, saved | {"image_processor": read_json(folder / "preprocessor_config.json")})

@@ -1,0 +1,119 @@
+"""Checkpoint folders: written beside their name and renamed, checked by manifest, never pickled.
+
+RUN/checkpoints/step-00000200 holds adapter or model.safetensors, optimizer.safetensors, state.json, and manifest.json
+with every file's sha256.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from runtime import lock
+from runtime.files import sha256, sync, write_json, writing
+from runtime.ranks import on_first_rank
+
+KEPT = 2  # the newest checkpoints of a run
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save(run: Path, step: int, write, state: dict) -> None:
+    """Write checkpoints/step-N: beside its final name, synced, then renamed: a kill leaves the old ones complete.
+
+    write(folder) puts the tensors there; state is saved as state.json. The first rank writes, the others wait.
+    SystemExit where it fails: what was saved before is complete.
+    """
+    folder = folder_of(run, step)
+    temporary = folder.with_suffix(".writing")
+
+    def write_all() -> None:
+        if lock.taken_over(run):
+            raise SystemExit(f"another run has taken {run} over (see {run / 'lock'}); step {step} is not saved")
+        try:
+            with writing(folder):
+                fill(temporary, write, state)
+                temporary.rename(folder)
+                for path in (folder.parent, run, run / "metrics.jsonl"):
+                    if path.exists():
+                        sync(path)
+        except SystemExit:
+            shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
+            raise
+        for old in sorted(folder.parent.glob("step-????????"))[:-KEPT]:
+            old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
+        for left in [*folder.parent.glob("step-????????.removing"), *folder.parent.glob("step-????????.writing")]:
+            shutil.rmtree(left, ignore_errors=True)  # a file that is read elsewhere stays on NFS: next time
+
+    on_first_rank(write_all)
+
+
+def fill(folder: Path, write, state: dict) -> None:
+    """The files of a checkpoint, the manifest last, all of them on the disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write(folder)
+    write_json(folder / "state.json", state)
+    write_json(folder / "manifest.json", {path.name: sha256(path) for path in sorted(folder.iterdir())})
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable manifest ({error})"
+    for name, digest in manifest.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def find(run: Path, resume: str) -> Path | None:
+    """The checkpoint that --resume names: a folder, or with "auto" the newest of the run whose manifest holds."""
+    found = on_first_rank(lambda: newest(run) if resume == "auto" else named(run, resume))
+    return Path(found) if found else None
+
+
+def named(run: Path, resume: str) -> str | None:
+    """The folder itself; with "none" nothing, and the run may hold no checkpoint."""
+    if resume != "none":
+        wrong = fault(Path(resume))
+        if wrong:
+            raise SystemExit(f"--resume {resume}: {wrong}")
+        return resume
+    if any((run / "checkpoints").glob("step-????????")):
+        raise SystemExit(f"{run} holds checkpoints of an earlier run: use another --out, or --resume auto to resume it")
+    return None
+
+
+def newest(run: Path) -> str | None:
+    folders = sorted((run / "checkpoints").glob("step-????????"), reverse=True)
+    for folder in folders:
+        wrong = fault(folder)
+        if not wrong:
+            print(f"resuming from {folder}")
+            return str(folder)
+        print(f"passing over {folder}: {wrong}")
+    if folders:  # starting over without a word would lose the run
+        raise SystemExit(f"no checkpoint of {run} is complete; restore one, or start again with another --out")
+    return None
+
+
+def roll_back(run: Path, step: int) -> None:
+    """Move checkpoints after `step` to RUN/abandoned: broken ones, and those that --resume FOLDER went back from."""
+
+    def move() -> None:
+        for folder in sorted((run / "checkpoints").glob("step-????????")):
+            if folder > folder_of(run, step):
+                with writing(run / "abandoned"):
+                    (run / "abandoned").mkdir(exist_ok=True)
+                    shutil.rmtree(run / "abandoned" / folder.name, ignore_errors=True)
+                    folder.rename(run / "abandoned" / folder.name)
+
+    on_first_rank(move)

@@ -1,0 +1,624 @@
+"""Faults of one line each, over all rooms and scripts, and for each the test that must catch it.
+
+    make mutants                                   # all of them, in eight minutes on two cores
+    python tests/mutants.py lora --jobs 1          # those in whose words, file or test "lora" stands
+
+A fault is made in a temporary copy of the repository, never in the working tree. There its test must fail, which passes
+without it: this is tried first, for all the tests together. Exit code 1 unless every fault is caught.
+"""
+
+import argparse
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "runs", "logs", "build", "*.egg-info")
+PATIENCE = 300  # seconds for one test
+FORKS = multiprocessing.get_context("forkserver")  # one process imports what takes seconds, and is forked for each test
+HEAVY = ["pytest", "peft", "torch.distributed.fsdp", "transformers.models.llava.modeling_llava"]
+HEAVY += ["transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.whisper.modeling_whisper"]
+VERDICTS = {0: "SURVIVED", 1: "caught", None: "hangs"}  # by pytest's exit code; any other: the test did not run
+
+
+class Fault(NamedTuple):
+    """`old`, which stands in `file` exactly once, becomes `new`; `test` is a pytest node ID."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+RESUMED = "tests/runtime/test_resume.py::test_stopped_after_any_step_and_resumed_it_is_the_same_run"
+RESUMED += "[4-metrics complete]"
+# {file: [(what the fault breaks, old, new, test)]}
+# fmt: off
+FAULTS = {
+    # ---- common.py: what decides the weights and the answers ----
+    "common.py": [
+        ("the image token's ID is computed from the vocabulary, not read",
+         "token_id, rows = named.pop()", "token_id, rows = config.get_text_config().vocab_size - 1",
+         "tests/common/test_token_ids.py::test_image_token_id_is_read_not_computed"),
+        ("a placeholder takes the ID of a word piece",
+         "if known != token_id:", "if known is None:",
+         "tests/common/test_token_ids.py::test_register_placeholder_refuses_another_id_than_the_tokenizer_s"),
+        ("a PAD that is EOS stays",
+         "is not None and tokenizer.pad_token_id != tokenizer.eos_token_id", "is not None",
+         "tests/common/test_token_ids.py::test_pad_equal_to_eos_masks_eos_and_is_separated"),
+        ("an embedding larger than its tokenizer is shrunk",
+         ">= model.get_input_embeddings().weight.shape[0]", "!= model.get_input_embeddings().weight.shape[0]",
+         "tests/common/test_token_ids.py::test_a_padded_embedding_only_ever_grows"),
+        ("rows of new tokens are drawn at random",
+         "module.weight[:old].mean(0)", "torch.randn_like(module.weight[old:])",
+         "tests/common/test_token_ids.py::test_grown_rows_are_the_mean_of_the_others_and_the_same_each_time"),
+        ("EOS is not supervised",
+         "len(answered) + 1  # with", "len(answered)  # with",
+         "tests/common/test_masking.py::test_any_answer_is_supervised_character_for_character"),
+        ("EOS is not supervised where sentinels are kept",
+         "after[:1] + [IGNORE] * len(after[1:])", "[IGNORE] * len(after)",
+         "tests/common/test_masking.py::test_kept_sentinels_become_their_ordinary_pieces_and_are_not_supervised"),
+        ("the question is supervised, too",
+         "[IGNORE] * start + input_ids[start:end]", "input_ids[:end]",
+         "tests/common/test_masking.py::test_any_answer_is_supervised_character_for_character"),
+        ("a merge of pieces crosses the edge of the answer",
+         "input_ids[: len(asked)] != asked or ", "",
+         "tests/common/test_masking.py::test_no_merge_crosses_an_edge_of_the_answer"),
+        ("tokens added after the first text are not known to the splitter",
+         "_splitter(tokenizer, len(tokenizer))", "_splitter(tokenizer, 0)",
+         "tests/common/test_masking.py::test_a_tokenizer_that_grew_is_split_anew"),
+        ("every image stands for as many tokens as the first",
+         "[t] * next(left) if", "[t] * counts[0] if",
+         "tests/common/test_masking.py::test_expand_placeholder_repeats_each_by_its_own_count"),
+        ("features that no placeholder waits for are dropped",
+         "!= len(features):", "> len(features):",
+         "tests/common/test_masking.py::test_another_number_of_features_than_placeholders_is_refused_with_both"),
+        ("questions about different images share a prompt tree",
+         "(tuple(prefix), repr(media)) if", "tuple(prefix) if",
+         "tests/common/test_trees.py::test_questions_of_an_image_share_a_tree_in_the_order_of_their_appearance"),
+        ("a text may hold EOS or another special token",
+         "if token.special or i in placeholders", "if i in placeholders",
+         "tests/common/test_trees.py::test_an_example_that_cannot_be_used_is_named_and_takes_no_other_with_it"),
+        ("what is supervised is not compared with the answer",
+         "if decoded != example.answer +", "if not decoded.endswith(task.tokenizer.eos_token) and example.answer +",
+         "tests/common/test_masking.py::test_exactly_the_answer_and_its_eos_must_be_supervised"),
+        ("an example longer than a packed sequence is no fault",
+         "if length > task.args.pack_tokens:", "if length > 2 * task.args.pack_tokens:",
+         "tests/common/test_trees.py::test_an_example_longer_than_a_packed_sequence_is_a_fault_with_a_remedy"),
+        ("--seed does not change the order of the data",
+         '{args.seed} {epoch}', '{epoch}',
+         "tests/common/test_packing.py::test_plan_depends_on_seed_and_epoch_alone"),
+        ("every epoch has the same order",
+         '{args.seed} {epoch}', '{args.seed}',
+         "tests/common/test_packing.py::test_plan_depends_on_seed_and_epoch_alone"),
+        ("an epoch is drawn from the order of the one before",
+         "parts.copy(), 0", "parts, 0",
+         "tests/common/test_packing.py::test_every_epoch_is_drawn_from_the_order_of_the_data"),
+        ("positions of a branch begin again at 0",
+         "(after + torch.arange(len(part_ids)))", "(torch.arange(len(part_ids)))",
+         "tests/common/test_packing.py::test_a_packed_sequence_has_the_written_layout"),
+        ("M-RoPE positions continue from the number of tokens, not from the largest position",
+         "int(prefix_positions.max()) + 1 if", "len(tree.prefix) if",
+         "tests/common/test_packing.py::"
+         "test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_rows"),
+        ("a prefix is seen by other documents",
+         "(same_document & not_after & own_or_prefix)", "(not_after & own_or_prefix)",
+         "tests/common/test_packing.py::test_visible_is_the_written_rule"),
+        ("a question sees the questions and answers before it",
+         "(same_document & not_after & own_or_prefix)", "(same_document & not_after)",
+         "tests/common/test_packing.py::test_visible_draws_the_picture_in_the_source"),
+        ("a token sees what follows it",
+         "(same_document & not_after & own_or_prefix)", "(same_document & own_or_prefix)",
+         "tests/common/test_packing.py::test_visible_is_the_written_rule"),
+        ("labels are not shifted: each token predicts itself",
+         "targets = labels[:, 1:]", "targets = labels[:, :-1]",
+         "tests/common/test_packing.py::test_supervised_loss_is_cross_entropy_over_the_full_logits"),
+        ("the loss is each sequence's mean, not the sum",
+         'targets[supervised], reduction="sum")', 'targets[supervised], reduction="mean")',
+         "tests/common/test_packing.py::test_supervised_loss_is_cross_entropy_over_the_full_logits"),
+        ("a rank without a tree of its own supervises another's again",
+         "[(ids, [IGNORE] * len(ids)) for ids, _ in p.branches]", "p.branches",
+         "tests/common/test_packing.py::test_for_a_rank_without_a_tree_of_its_own_nothing_is_supervised"),
+        ("LoRA's B does not begin at zero",
+         "torch.zeros(base.out_features", "torch.ones(base.out_features",
+         "tests/common/test_lora.py::test_training_starts_from_the_model_as_it_was"),
+        ("LoRA's dropout is always on",
+         "self.dropout(x)", "F.dropout(x, self.dropout.p)",
+         "tests/common/test_lora.py::test_dropout_acts_on_the_adapter_alone_and_only_in_training"),
+        ("the layer under an adapter is not frozen",
+         "base.requires_grad_(False)", "base",
+         "tests/common/test_lora.py::test_the_layer_underneath_is_frozen"),
+        ("adapters are not scaled by alpha / r",
+         "y + self.scaling * update", "y + update",
+         "tests/common/test_lora.py::test_a_merged_model_gives_the_logits_of_the_unmerged"),
+        ("an adapter is merged as often as it is asked",
+         "self.merged = True", "pass",
+         "tests/common/test_lora.py::test_merge_adds_scaling_b_a_once"),
+        ("what was trainable before stays trainable",
+         "requires_grad_(name in chosen)", "requires_grad_(parameter.requires_grad or name in chosen)",
+         "tests/common/test_lora.py::test_only_adapters_and_projector_move"),
+        ("adapters are kept in the base's bfloat16",
+         "base.in_features, dtype=torch.float32", "base.in_features, dtype=base.weight.dtype",
+         "tests/common/test_lora.py::test_float32_adapters_keep_an_update_that_bfloat16_loses"),
+        ("a model is given the first token of the answer that it is asked for",
+         "(input_ids[:start], labels[:start])", "(input_ids[: start + 1], labels[: start + 1])",
+         "tests/common/test_answering.py::test_answering_prompt_cuts_before_the_first_supervised_token"),
+        ("decoding feeds each token at the position of the one before",
+         "[..., own] + step,", "[..., own] + step - 1,",
+         "tests/common/test_answering.py::test_decode_is_token_for_token_what_generate_gives"),
+        ("a constrained answer may begin as one candidate and end as another",
+         "if tokens[:step] == answers[b]", "if len(tokens) > step",
+         "tests/common/test_answering.py::test_a_constrained_answer_is_always_exactly_one_of_the_allowed"),
+        ("the least likely candidate is taken",
+         "max(probabilities, key=", "min(probabilities, key=",
+         "tests/common/test_answering.py::test_answers_are_greedy_constrained_or_ranked"),
+        ("a question that was not answered counts as right",
+         '{"prediction": None}', '{"prediction": example.answer}',
+         "tests/common/test_answering.py::test_every_example_has_a_record_and_one_without_an_answer_is_wrong"),
+    ],
+    # ---- runtime: what keeps a run alive ----
+    "runtime/saving.py": [
+        ("the manifest is not checked",
+         "if sha256(folder / name) != digest:", "if sha256(folder / name) == digest and False:",
+         "tests/runtime/test_resume.py::test_resume_of_a_broken_folder_is_refused"),
+        ("a checkpoint is written in place",
+         'temporary = folder.with_suffix(".writing")', "temporary = folder",
+         "tests/runtime/test_resume.py::test_a_kill_while_saving_leaves_the_earlier_checkpoints_complete"),
+        ("a run whose folder another has taken over saves all the same",
+         "if lock.taken_over(run):", "if False:",
+         "tests/runtime/test_survival.py::test_a_run_whose_folder_was_taken_over_saves_nothing_more"),
+        ("later checkpoints stay where a run goes back to an earlier one",
+         "if folder > folder_of(run, step):", "if False:",
+         "tests/runtime/test_resume.py::test_resume_of_an_earlier_checkpoint_starts_from_there"),
+    ],
+    "runtime/checkpoints.py": [
+        ("a resumed run forgets the optimizer's state",
+         "        if start:", "        if False:",
+         RESUMED),
+        ("a run is resumed at the wrong step",
+         'return state["step"]', 'return state["step"] - 1',
+         RESUMED),
+        ("a run is resumed with other settings",
+         "if changed and not anyway:", "if False:",
+         "tests/runtime/test_resume.py::test_a_changed_setting_is_refused_by_name"),
+        ("a run is resumed with other answers in the data",
+         "t.media, t.branches) for t in trees)", "t.media) for t in trees)",
+         "tests/runtime/test_resume.py::test_a_changed_answer_in_the_data_is_refused"),
+    ],
+    "runtime/lock.py": [
+        ("the lock of a living run is ignored",
+         'if owner == process(owner["pid"]):', "if False:",
+         "tests/runtime/test_survival.py::test_a_second_run_on_the_same_folder_is_refused"),
+    ],
+    "runtime/files.py": [
+        ("files are written in place",
+         'temporary = path.with_name(path.name + ".writing")', "temporary = path",
+         "tests/runtime/test_survival.py::test_a_kill_while_a_file_is_replaced_leaves_the_old_one"),
+    ],
+    "runtime/metrics.py": [
+        ("lines of steps that are taken again stay in metrics.jsonl",
+         'if line["step"] <= step:', "if line:",
+         "tests/runtime/test_resume.py::test_resume_of_an_earlier_checkpoint_starts_from_there"),
+    ],
+    "runtime/program.py": [
+        ("signals are ignored",
+         "if ranks.any_rank(self.stop.received is not None):", "if False:",
+         "tests/runtime/test_resume.py::test_a_signal_stops_after_the_step_with_exit_code_85[between validations]"),
+        ("every step draws the same dropout",
+         "{self.args.seed} {step} {ranks.rank()}", "{self.args.seed} {ranks.rank()}",
+         "tests/runtime/test_resume.py::test_draws_depend_on_seed_step_and_rank_alone"),
+    ],
+    "runtime/batches.py": [
+        ("a rank's packed sequences get each other's media",
+         'self.task.read_media(self.data, batch["prompts"])', 'self.task.read_media(self.data, mine[0]["prompts"])',
+         "tests/common/test_packing.py::test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not"),
+        ("a rank takes another's packed sequences",
+         "[self.rank :: self.of]", "[0 :: self.of]",
+         "tests/runtime/test_ranks.py::test_two_ranks_train_and_answer_as_one[lora-ddp]"),
+    ],
+    "runtime/ranks.py": [
+        ("gradients of the ranks are averaged, not summed",
+         "p.grad = part.view_as(p)", "p.grad = part.view_as(p) / ranks()",
+         "tests/runtime/test_ranks.py::test_what_ranks_say_to_each_other_arrives"),
+        ("small gradients are enlarged to --clip",
+         ".clamp(max=1.0)", "",
+         "tests/runtime/test_ranks.py::test_gradients_are_only_ever_scaled_down"),
+    ],
+    "runtime/models.py": [
+        ("a weight that the checkpoint lacks is drawn at random",
+         "    if missing:", "    if False:",
+         "tests/scripts/test_scripts.py::test_a_missing_weight_of_the_language_model_is_refused_in_every_script"),
+        ("weights without a place in the model are dropped",
+         "if foreign and not part:", "if False:",
+         "tests/scripts/test_surg_video.py::test_a_graft_under_other_names_is_not_dropped_silently"),
+        ("a chat template in processor_config.json is passed over",
+         '"tokenizer_config.json", "processor_config.json")', '"tokenizer_config.json")',
+         "tests/scripts/test_scripts.py::test_the_checkpoint_s_chat_template_is_used_wherever_it_stands"),
+        ("a merged folder has the checkpoint's image processor, not the run's",
+         "    if task.processor is not None:", "    if False:",
+         "tests/scripts/test_qwen2vl.py::test_a_merged_folder_opens_alone_and_keeps_the_pixels"),
+    ],
+    "runtime/folders.py": [
+        ("weights that are cut off are read",
+         "return None if size == expected", "return None if size",
+         "tests/scripts/test_modes.py::test_truncated_weights_are_refused_by_name"),
+    ],
+    "runtime/adapters.py": [
+        ("the projector is trained and not saved",
+         "plain = trained_plain_modules(model)", "plain = []",
+         "tests/runtime/test_adapters.py::test_whatever_is_trained_is_saved"),
+        ("an adapter of another shape is broadcast into the model",
+         "if places[key].shape != tensor.shape:", "if False:",
+         "tests/runtime/test_adapters.py::test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing"),
+        ("an adapter is loaded with the scaling of the command line, not its own",
+         "layer.alpha, layer.rslora = config", "_, _ = config",
+         "tests/runtime/test_adapters.py::test_an_adapter_saved_here_loads_here_with_its_own_scaling"),
+        ("an adapter that also changes the base weights is loaded without them",
+         'used.append("init_lora_weights")', "pass",
+         "tests/runtime/test_adapters.py::test_peft_features_that_are_not_supported_are_refused"),
+    ],
+    "runtime/attention.py": [
+        ("a language model whose attention heeds no mask is trained",
+         "if apart > 0.05:", "if False:",
+         "tests/scripts/test_video_plain_lm.py::test_a_mask_that_is_not_heeded_is_caught_before_the_first_step"),
+    ],
+    # ---- inputs: from files to examples and media ----
+    "inputs/images.py": [
+        ("images lose their colours",
+         'ImageOps.exif_transpose(image).convert("RGB")', 'ImageOps.exif_transpose(image).convert("L").convert("RGB")',
+         "tests/inputs/test_images.py::test_an_image_is_read_with_its_own_colours"),
+        ("a photograph is not turned as its camera says",
+         'ImageOps.exif_transpose(image).convert("RGB")', 'image.convert("RGB")',
+         "tests/inputs/test_check.py::test_an_image_is_turned_as_its_camera_says"),
+        ("an image that cannot be read is replaced by a black one",
+         'raise ValueError(f"{name} cannot be read: {what}") from None', 'return Image.new("RGB", (72, 72))',
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[truncated image]"),
+        ("an image that has changed since the data check is read all the same",
+         "if tuple(grid) != self.grid(size):", "if False:",
+         "tests/scripts/test_qwen2vl.py::test_an_image_that_has_changed_since_the_check_is_refused"),
+    ],
+    "inputs/files.py": [
+        ("a missing file is replaced by another of the folder",
+         "    if not found:", '    path = path if found else next(folder.rglob("*.jpg"))\n    if False:',
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[missing image]"),
+        ("files outside the data folder are read",
+         "if not path.is_relative_to(folder.resolve()):", "if False:",
+         "tests/inputs/test_images.py::test_nothing_outside_the_data_folder_is_opened"),
+        ("frames of a folder are out of order: frame_10 before frame_2",
+         "sorted(names, key=by_number)", "sorted(names)",
+         "tests/inputs/test_videos.py::test_the_same_frames_come_out_of_every_kind_of_video"),
+    ],
+    "inputs/videos.py": [
+        ("frames that the data name out of order are taken",
+         "numbers != sorted(numbers):", "numbers == []:",
+         "tests/scripts/test_surg_video.py::test_every_fault_is_named_with_file_row_and_remedy"),
+        ("the last frame of a clip is never shown",
+         "round(i * (count - 1) / max(1, n - 1))", "i * count // n",
+         "tests/inputs/test_videos.py::test_frames_are_chosen_evenly_with_the_first_and_the_last"),
+    ],
+    "inputs/volumes.py": [
+        ("left and right of a volume are as its file has them",
+         "nibabel.as_closest_canonical(image).get_fdata", "image.get_fdata",
+         "tests/inputs/test_volumes.py::test_whatever_way_the_axes_run_left_stays_left"),
+        ("the background of a volume is normalised, too",
+         "tissue = channel != 0", "tissue = channel == channel",
+         "tests/inputs/test_volumes.py::test_a_volume_is_normalised_over_its_tissue_and_the_background_stays_zero"),
+    ],
+    "inputs/sound.py": [
+        ("a recording that is cut off is heard as it is",
+         "if len(raw) != size:", "if not raw:",
+         "tests/inputs/test_sound.py::test_recordings_that_cannot_be_heard_are_refused_by_name"),
+        ("a recording may ask two different questions",
+         "if len(questions) > 1 else []", "if len(questions) > 2 else []",
+         "tests/inputs/test_sound.py::test_a_recording_speaks_one_question"),
+    ],
+    "inputs/features.py": [
+        ("features of another tower are taken from the cache",
+         "json.dumps([self.tower, ", "json.dumps([",
+         "tests/scripts/test_video_plain_lm.py::test_whatever_features_depend_on_misses_the_cache_when_it_changes"),
+    ],
+    "inputs/labels.py": [
+        ("an answer is read to a label that it denies",
+         "if words not in known:", "if False:",
+         "tests/inputs/test_labels.py::test_no_answer_is_read_to_a_label_that_it_denies"),
+        ("words that occur with one label alone are known from it",
+         "if len(labels) > 1)", "if labels)",
+         "tests/inputs/test_labels.py::test_words_that_occur_with_one_label_alone_are_not_known_from_it"),
+    ],
+    "inputs/questions.py": [
+        ("candidates come from test answers, too",
+         'training = [example for example in examples if example.split == "train"]', "training = examples",
+         "tests/scripts/test_qwen2vl.py::test_test_answers_never_become_candidates"),
+        ("an answer of punctuation alone is supervised",
+         "if answer is None or says_nothing(answer):", "if not answer:",
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[answer without a letter]"),
+    ],
+    "inputs/task.py": [
+        ("duplicate IDs are accepted",
+         "if other != example.where:", "if False:",
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[duplicate ID]"),
+        ("a group's split is drawn anew each time",
+         "random.Random(group).random()", "random.random()",
+         "tests/inputs/test_layouts.py::test_added_and_reordered_rows_move_no_image_to_another_split"),
+    ],
+    "inputs/turns.py": [
+        ("what was said before a question is not read",
+         "        history.append((", "        _ = ((",
+         "tests/inputs/test_layouts.py::test_a_conversation_gives_a_row_an_answer_with_the_turns_before_it"),
+        ("a misspelt field is passed over",
+         "        if close:", "        if False:",
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[misspelt field]"),
+    ],
+    "inputs/data_check.py": [
+        ("a group in two splits is accepted",
+         '[("group", group, group) for group in example.groups]', "[]",
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[group of train]"),
+        ("the same file under another name in two splits is accepted",
+         "name, seen[name][2]) for", "name, name) for",
+         "tests/inputs/test_check.py::test_a_fault_is_named_with_file_and_row[copy of an image of train]"),
+        ("a scorer that fails its audit is believed",
+         "if failures:  # on every rank", "if failures and faults:  # on every rank",
+         "tests/report/test_audit.py::test_check_audits_the_scorer_before_any_weights_are_read"),
+    ],
+    "inputs/contract.py": [
+        ("a script whose model is not transformers' own passes the contract",
+         "if not abs(ours - own) <=", "if not abs(ours - ours) <=",
+         "tests/inputs/test_contract.py::test_what_breaks_the_contract_is_named"),
+    ],
+    # ---- report: what a result is worth ----
+    "report/scoring.py": [
+        ('"" is scored as right',
+         "exact = relaxed = predicted == true", "exact = relaxed = not predicted or predicted == true",
+         "tests/report/test_scoring.py::test_wrong_answers"),
+        ('"no" is found in "normal"',
+         "exact = relaxed = predicted == true", "exact = relaxed = all(one in str(prediction) for one in true)",
+         "tests/report/test_scoring.py::test_wrong_answers"),
+        ("a size within 20 % of the true one is right",
+         "max(1.0, 0.1 * true_low)", "max(1.0, 0.2 * true_low)",
+         "tests/report/test_scoring.py::test_sizes"),
+        ("a synonym counts as an exact match",
+         'return {"exact": any(', 'return {"exact": same or any(',
+         "tests/report/test_scoring.py::test_synonyms_count_in_a_relaxed_match_alone"),
+    ],
+    "report/results.py": [
+        ("baselines are told from test answers",
+         "for e in train_examples]", "for e in asked]",
+         "tests/report/test_baselines.py::test_baselines_are_told_from_training_answers_alone"),
+    ],
+    "report/baselines.py": [
+        ("spellings of one answer are counted apart",
+         "labels = [answer_label(answer) for answer in answers]", "labels = answers",
+         "tests/report/test_baselines.py::test_a_baseline_counts_answers_that_are_the_same_together"),
+    ],
+    "report/summary.py": [
+        ("the interval is of single questions, not of complete groups",
+         '"interval": clustered_interval(right, groups)', '"interval": clustered_interval(right, range(len(right)))',
+         "tests/report/test_summary.py::test_intervals_are_of_complete_groups"),
+        ("the gain is over the worst baseline",
+         "best = max(baselines", "best = min(baselines",
+         "tests/report/test_summary.py::test_the_best_baseline_is_the_one_that_counts"),
+    ],
+    "report/audit.py": [
+        ("the audit is switched off",
+         "elif verdict is None or verdict:", "elif False:",
+         "tests/report/test_audit.py::test_the_audit_fails_on_lenient_scorers"),
+    ],
+    "report/near_duplicates.py": [
+        ("the leakage check is blind to mirrored copies",
+         '"mirrored left to right": (slice(None), slice(None, None, -1))', '"mirrored": (slice(None), slice(None))',
+         "tests/report/test_leakage.py::test_a_mirrored_copy_is_found_and_called_so"),
+    ],
+    "report/leakage.py": [
+        ("the leakage check looks at an example's first subject alone",
+         "for group in example.groups if", "for group in example.groups[:1] if",
+         "tests/report/test_leakage.py::test_every_subject_of_an_example_counts"),
+        ("what was said before is no part of a question that is asked again",
+         "json.dumps(example.history, default=str)", "None",
+         "tests/report/test_leakage.py::test_what_was_said_before_is_part_of_the_question"),
+    ],
+    "report/blind.py": [
+        ("blind runs see their media",
+         "task.blank(task.read_media(data, trees))", "task.read_media(data, trees)",
+         "tests/report/test_blind.py::test_every_script_answers_without_seeing[train_llava_med]"),
+        ("shuffled media come from the same patient",
+         "places = max(sizes.values()) % len(owners) or", "places = 1 or",
+         "tests/report/test_blind.py::test_shuffled_media_come_from_another_group_where_they_can"),
+    ],
+    "report/predictions.py": [
+        ("examples that others have not answered are left out",
+         "    for example in test:\n        record =",
+         "    for example in [one for one in test if one.id in answered]:\n        record =",
+         "tests/report/test_summary.py::test_examples_that_another_program_has_not_answered_stay_in_it_too"),
+    ],
+    # ---- the five scripts ----
+    "train_llava_med.py": [
+        ("PAD is taken before the placeholder",
+         "        super().__init__(args, models.tokenizer(folder))",
+         "        super().__init__(args, models.tokenizer(folder)); self.separate_pad()",
+         "tests/scripts/test_llava_med.py::test_a_new_pad_does_not_take_the_id_of_the_image"),
+        ("the loss is not divided by the supervised tokens",
+         "(batch_loss / supervised).backward()", "batch_loss.backward()",
+         "tests/common/test_packing.py::test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not"),
+        ("the gradient is a mean of the sequences' means",
+         "batch_loss, _ = model(batch)", "batch_loss, supervised = model(batch)",
+         "tests/common/test_packing.py::test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not"),
+        ("the seed of a step is dropped",
+         "run.seed(step)  #", "pass  #",
+         RESUMED),
+        ("a step that is not finite is applied",
+         "if math.isfinite(loss) and math.isfinite(grad_norm):", "if True:",
+         "tests/runtime/test_survival.py::test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported"),
+        ("gradients of earlier steps are kept",
+         "optimizer.zero_grad(set_to_none=True)", "pass",
+         RESUMED),
+        ("a stopped run does not save its last step",
+         "if stopped or due:", "if due:",
+         "tests/runtime/test_resume.py::test_a_signal_stops_after_the_step_with_exit_code_85[between validations]"),
+        ("the learning rate does not fall",
+         "args.lr * 0.5 * (1 +", "args.lr * (1 + 0 *",
+         "tests/scripts/test_scripts.py::test_the_learning_rate_rises_then_falls_as_half_a_cosine"),
+        ("dropout is on in a frozen vision tower",
+         "vision_tower.train(mode and self.tower_trains)", "vision_tower.train(mode)",
+         "tests/scripts/test_scripts.py::test_a_tower_of_images_is_in_training_mode_where_it_is_trained"),
+        ("the class token is shown for the last patch",
+         "[state[:, 1:] for state in chosen]", "[state[:, :-1] for state in chosen]",
+         "tests/scripts/test_llava_med.py::test_features_are_those_of_transformers_own_forward"),
+        ("adapters are put into the vision tower, too",
+         r'LORA_PATTERN = r"model\.language_model\.layers', r'LORA_PATTERN = r"model\..*\.layers',
+         "tests/scripts/test_llava_med.py::test_adapters_stay_out_of_the_tower_whose_layers_have_the_same_names"),
+    ],
+    "train_qwen2vl_sentinel.py": [
+        ("positions of an image are those of a text",
+         "return self.images.positions(", "return None and self.images.positions(",
+         "tests/scripts/test_qwen2vl.py::test_positions_are_those_of_a_question_alone"),
+        ("candidates depend on --limit",
+         "    questions.allow_training_answers(examples)  #",
+         "    questions.allow_training_answers(examples[: args.limit])  #",
+         "tests/scripts/test_qwen2vl.py::test_candidates_do_not_depend_on_the_limit"),
+    ],
+    "train_surg_video_vqa.py": [
+        ("the projector of sound is frozen",
+         r'common.train_only(vlm, r"audio_projector\.weight")', "vlm.requires_grad_(False)",
+         "tests/scripts/test_surg_video.py::"
+         "test_the_projector_is_trained_and_saved_with_the_adapter_and_nothing_else_changes"),
+        ("the silence behind a recording is heard instead of it",
+         "heard = [one[:n] for", "heard = [one[-n:] for",
+         "tests/scripts/test_surg_video.py::test_spoken_questions_side_by_side_equal_separate_sequences"),
+        ("the same frames may be in two splits",
+         "return [name for name in self.media if name not in self.audio]", "return []",
+         "tests/scripts/test_surg_video.py::"
+         "test_the_same_recording_may_be_in_two_splits_but_not_the_same_frames"),
+    ],
+    "train_umbrella_mri.py": [
+        ("volumes of a conversation are sorted by modality",
+         '[next(found[name]) for name in media["modalities"]]', '[next(found[n]) for n in sorted(media["modalities"])]',
+         "tests/scripts/test_umbrella.py::test_two_modalities_in_one_conversation_keep_their_order"),
+        ("voxels of a patch are spread over other patches",
+         "batch.permute(0, *range(2, last, 2), 1, *range(3, last, 2))",
+         "batch.permute(0, *range(3, last, 2), 1, *range(2, last, 2))",
+         "tests/scripts/test_umbrella.py::test_a_voxel_changes_exactly_its_own_token"),
+    ],
+    "train_video_plain_lm.py": [
+        ("the tower's class token is shown for a patch",
+         "states[:, -math.prod(self.patches) :]", "states[:, : math.prod(self.patches)]",
+         "tests/scripts/test_video_plain_lm.py::test_every_feature_stands_at_its_own_position"),
+        ("dropout is on in the frozen tower",
+         "self.vlm.vision_tower.eval()", "pass",
+         "tests/scripts/test_video_plain_lm.py::test_the_tower_has_no_dropout_while_all_else_is_trained"),
+        ("the slow path is shown the frames of the fast one",
+         "slow += [before + i for i in video.slow]", "slow += [before + i for i in video.fast]",
+         "tests/scripts/test_video_plain_lm.py::test_every_feature_stands_at_its_own_position"),
+    ],
+}
+# fmt: on
+
+
+def chosen(text: str = "") -> list[Fault]:
+    """The faults in whose words, file or test `text` stands."""
+    faults = [Fault(what, file, *rest) for file, part in FAULTS.items() for what, *rest in part]
+    return [fault for fault in faults if any(text in words for words in (fault.what, fault.file, fault.test))]
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    return Path(shutil.copytree(ROOT, folder / "copy", ignore=LEFT_OUT))
+
+
+def run_tests(copy: Path, tests: list[str], patience: float | None = None) -> tuple[int | None, str]:
+    """(pytest's exit code, or None where it took too long; what it printed), in a copy of the repository."""
+    log = copy.parent / "log"
+    process = FORKS.Process(target=in_copy, args=(copy, tests, log))
+    process.start()
+    process.join(patience)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it has started
+    return process.exitcode, log.read_text(encoding="utf-8", errors="replace")
+
+
+def in_copy(copy: Path, tests: list[str], log: Path) -> None:
+    """What a forked process does: the tests of the copy, which imports nothing of the working tree."""
+    os.setsid()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(copy)
+    sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--basetemp", str(copy.parent / "temporary"), *tests]))
+
+
+def attempt(fault: Fault, copy: Path) -> str:
+    """What becomes of a fault, once it is made in the copy."""
+    path = copy / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        return "no longer applies"
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        code, _ = run_tests(copy, ["-x", fault.test], PATIENCE)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    return VERDICTS.get(code, "test did not run")
+
+
+def on_copies(copies: list[Path], function, items: list):
+    """function(item, copy) of every item, in order, as many at a time as there are copies."""
+    free = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def one(item):
+        copy = free.get()
+        try:
+            return function(item, copy)
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        yield from pool.map(one, items)
+
+
+def refuse_failing(tests: list[str], copies: list[Path]) -> None:
+    """Ends the program where a test fails without any fault, which would catch everything; or is skipped, nothing."""
+    parts = [part for part in (tests[i :: len(copies)] for i in range(len(copies))) if part]
+    for code, text in on_copies(copies, lambda part, copy: run_tests(copy, part), parts):
+        if code or " skipped" in text[-200:]:
+            raise SystemExit(f"{text[-3000:]}\ntests fail, are skipped, or are not there, without any fault")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", default="", help="only faults in whose words, file or test it stands")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, each in its own copy (default: 2)")
+    args = parser.parse_args(argv)
+    faults, begun = chosen(args.text), time.monotonic()
+    if not faults:
+        raise SystemExit(f"no fault has {args.text!r} in its words, file or test")
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    FORKS.set_forkserver_preload(HEAVY)
+    verdicts = Counter()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies = [copy_of_the_repository(Path(folder, str(job))) for job in range(args.jobs)]
+        refuse_failing(list(dict.fromkeys(fault.test for fault in faults)), copies)
+        print(f"{len({fault.test for fault in faults})} tests pass without a fault", flush=True)
+        for fault, verdict in zip(faults, on_copies(copies, attempt, faults), strict=True):
+            verdicts[verdict] += 1
+            print(f"{verdict:<18}{fault.file}: {fault.what} ({fault.test.partition('::')[2]})", flush=True)
+    told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+    print(f"{len(faults)} faults: {told}; {(time.monotonic() - begun) / 60:.1f} minutes")
+    if verdicts["caught"] < len(faults):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
