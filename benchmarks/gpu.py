@@ -127,11 +127,13 @@ def demos(device: torch.device) -> dict:
     for script in DEMOS:
         with tempfile.TemporaryDirectory() as folder:
             demo, work, flags = write_demo(script, Path(folder) / "demo"), Path(folder), small.get(script, [])
-            go(script, demo, work / "cpu", "--device", "cpu", "--dtype", "fp32", *flags)
-            go(script, demo, work / "fp32", "--device", device.type, "--dtype", "fp32", *flags)
+            codes = [go(script, demo, work / "cpu", "--device", "cpu", "--dtype", "fp32", *flags)]
+            codes += [go(script, demo, work / "fp32", "--device", device.type, "--dtype", "fp32", *flags)]
             bf16 = ["--device", device.type, "--dtype", "bf16", *flags]
-            codes = [go(script, demo, work / "bf16", *bf16)]
+            codes += [go(script, demo, work / "bf16", *bf16)]
             codes += [go(script, demo, work / "stopped", *bf16, stop_at=4), go(script, demo, work / "stopped", *bf16)]
+            if codes != [0, 0, 0, 85, 0]:
+                raise RuntimeError(f"{script.__name__}: exit codes {codes}, not 0, 0, 0, 85, 0")
             of = {name: losses(work / name) for name in ("cpu", "fp32", "bf16", "stopped")}
             last = "checkpoints/step-00000006"
             one, other = read_tensors(work / "bf16" / last), read_tensors(work / "stopped" / last)
