@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration
 
 import common
 from common import IGNORE, Prompt
-from inputs import data_check, images, layouts, questions
+from inputs import data_check, images, layouts, processors, questions
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
@@ -42,7 +42,7 @@ IMAGE = "<image>"
 # every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR_PATTERN = r"model\.multi_modal_projector\..*"
-OWN_SETTINGS = []  # flags of this script alone that a checkpoint is bound to
+OWN_SETTINGS = ["image_fit"]  # flags of this script alone that a checkpoint is bound to
 # for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
@@ -56,6 +56,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("EndoVis-18-VQA").add_argument
     text = "published split: paper or sequence; with :Sentence answers are sentences (default: none)"
     add("--endovis", choices=layouts.ENDOVIS, metavar="SPLIT", help=text)
+    processors.add_flag(parser)
     return flags.parse(parser, argv)
 
 
@@ -63,21 +64,21 @@ def parse_arguments(argv):
 # Data: files -> examples
 # ------------------------------------------------------------------------------------------------------------
 
-FIELDS = {*images.FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group", "history"}
+FIELDS = {*images.FIELDS, *layouts.FIELDS}
 
 
 def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
     """All examples of the folder in whichever published layout it has, and those that cannot be used."""
+    media = Path(args.media_root)
     if layouts.is_endovis(data):
-        entries = layouts.endovis(data, args.endovis)
+        entries = layouts.endovis(data, media, args.endovis)
     else:  # JSON lines as they are; of LLaVA's conversations one entry for each answer, with its history
-        entries = layouts.conversations(layouts.files(data), IMAGE)
-    return choose(*collect(entries, partial(make_example, data)), args)
+        entries = layouts.conversations(layouts.files(data, media, FIELDS), IMAGE)
+    return choose(*collect(entries, partial(make_example, media)), args)
 
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    layouts.refuse_misspelt(entry, FIELDS)
     image = images.named(data, entry)
     group = named(entry, "group", image)  # patient, video or procedure; the image where nothing else is known
     return Example(
@@ -108,7 +109,7 @@ class LlavaTask(Task):
         models.refuse_template(self, folder, IMAGE)
         # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
         self.bos = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
-        self.processor = images.processor(folder)
+        self.processor = processors.fitted(folder, args)
         self.per_image, self.image_id = tokens_per_image(config), None
         try:
             named_id = common.image_token_id(config)  # read from config.json, never computed
@@ -116,10 +117,10 @@ class LlavaTask(Task):
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_index from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
-        seen, size = images.size_of(self.processor), config.vision_config.image_size
+        seen, size = processors.size_of(self.processor), config.vision_config.image_size
         if seen != (size, size):
             self.fault("preprocessor_config.json", f"{seen[0]} x {seen[1]} pixels, the vision tower takes {size}")
-        self.report |= {"image_token": {"id": self.image_id, "per_image": self.per_image}}
+        self.report |= {"image_token": {"id": self.image_id, "per_image": self.per_image}, "image_fit": args.image_fit}
 
     def encode(self, example: Example, answer: str) -> tuple[list[int], list[int], list[int]]:
         """(prefix, input_ids, labels): all up to the image's last placeholder, then the question and an answer.
@@ -154,9 +155,9 @@ class LlavaTask(Task):
         """{placeholder's ID: how many the prefix must hold}: as many as the model makes features, or it is refused."""
         return {self.image_id: self.per_image}
 
-    def measure(self, data: Path, name: str) -> tuple[int, int]:
-        """(width, height) of an image, decoded completely."""
-        return images.open_image(data, name).size
+    def measure(self, data: Path, name: str) -> tuple[dict, str]:
+        """The size of an image, decoded completely, and its content."""
+        return images.measure(data, name)
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """The pixel_values (images, 3, height, width) of prompt trees, in the order of the packed sequence."""
@@ -356,7 +357,7 @@ def main(argv=None) -> None:
         # ---- answer ----
         asked, prompts = examples[args.eval_split], trees[args.eval_split]
         if not asked:
-            return
+            return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not

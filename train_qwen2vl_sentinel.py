@@ -71,20 +71,23 @@ def parse_arguments(argv):
 # Data: files -> examples
 # ------------------------------------------------------------------------------------------------------------
 
-FIELDS = {*images.FIELDS, "id", "question", "answer", "question_type", "answer_candidates", "group"}
+FIELDS = {*images.FIELDS, *layouts.FIELDS}
 
 
 def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
     """All examples of the folder with their allowed answers, and those that cannot be used."""
-    examples, problems = collect(layouts.files(data), partial(make_example, data))
+    media = Path(args.media_root)
+    entries = layouts.conversations(layouts.files(data, media, FIELDS), "<image>")
+    examples, problems = collect(entries, partial(make_example, media))
     questions.allow_training_answers(examples)  # from all of training, before --limit chooses
     return choose(examples, problems, args)
 
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    layouts.refuse_misspelt(entry, FIELDS)
     image = images.named(data, entry)
+    if entry.get("history"):
+        raise ValueError("earlier turns would not be read; keep one question and its answer")
     group = named(entry, "group", image)  # patient, video or procedure; the image where nothing else is known
     return Example(
         where=where,
@@ -92,7 +95,6 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> Exam
         id=named(entry, "id", where),
         group=group,
         media=[image],
-        inferred=entry.get("answer_candidates") is None,  # then training's answers are allowed, too
         **questions.fields(questions.composed(entry)),  # question, answer, question_type, candidates
     )
 
@@ -149,7 +151,7 @@ class QwenTask(Task):
 
     def image_tokens(self, example: Example) -> int:
         """One for every 28 x 28 pixels of the image, once its size lies between --min-pixels and --max-pixels."""
-        return self.images.tokens(self.measured[example.media[0]])
+        return self.images.tokens(self.measured[example.media[0]]["size"])
 
     def placeholders(self, example: Example) -> dict[int, int]:
         """{placeholder's ID: how many the prefix must hold}: as many as the model makes features, or it is refused."""
@@ -157,20 +159,20 @@ class QwenTask(Task):
 
     def positions(self, example: Example, prefix: list[int]) -> torch.Tensor:
         """M-RoPE positions (3, P) of a prefix: text counts on in all three, an image in time, height and width."""
-        return self.images.positions(prefix, self.image_id, [self.measured[name] for name in example.media])
+        return self.images.positions(prefix, self.image_id, [self.measured[name]["size"] for name in example.media])
 
     def texts(self, example: Example) -> list[str]:
         """What must hold no special token: all that is written into the conversation."""
         return [*super().texts(example), example.question_type]
 
-    def measure(self, data: Path, name: str) -> tuple[int, int]:
-        """(width, height) of an image, decoded completely."""
-        return self.images.measure(data, name)
+    def measure(self, data: Path, name: str) -> tuple[dict, str]:
+        """The size of an image, decoded completely, and its content."""
+        return images.measure(data, name)
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """pixel_values and image_grid_thw of the trees' images, of any sizes, in the order of the packed sequence."""
         names = [name for tree in trees for name in tree.media]
-        return self.images.read(data, names, [self.measured[name] for name in names])
+        return self.images.read(data, names, [self.measured[name]["size"] for name in names])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ def main(argv=None) -> None:
         # ---- answer ----
         asked, prompts = examples[args.eval_split], trees[args.eval_split]
         if not asked:
-            return
+            return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not

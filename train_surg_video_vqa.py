@@ -1,7 +1,7 @@
 """Fine-tune Qwen2-VL, with a Whisper encoder grafted on, on spoken questions about surgical clips.
 
-An example, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; paths are relative to DATA), and in SurgViVQA's
-files ({train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav, .flac or .mp3):
+An example, one line of DATA/train.jsonl (also val.jsonl, test.jsonl; paths are relative to DATA), or SurgViVQA's own
+files ({train,eval,test}_multivideo.jsonl with frames/VIDEO/NAME.jpg and audio/out_VIDEO/ID.mp3, …; see docs/data.md):
 
     {"frames": ["frames/v1/v1_10.jpg", "frames/v1/v1_14.jpg"], "audio": "audio/q7.wav", "question": "Is the scope
      pushing forward?", "answer": "No, the scope is withdrawing.", "short_answer": "no", "video_id": "v1"}
@@ -34,7 +34,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, questions, sound, videos
+from inputs import data_check, images, layouts, numbered, questions, sound, videos
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results, scoring
 from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
@@ -103,31 +103,31 @@ class Clip(Example):
 
 def read_examples(data: Path, args) -> tuple[list[Clip], list[Problem]]:
     """All examples of the folder, in whichever layout it has, and those that cannot be used."""
-    entries = layouts.surgvivqa(data) if layouts.is_surgvivqa(data) else layouts.files(data)
-    clips, problems = collect(entries, partial(make_example, args))
-    problems += sound.two_questions(clips)  # a recording that speaks one cannot speak another
+    read = layouts.surgvivqa if layouts.is_surgvivqa(data) else layouts.files
+    clips, problems = collect(read(data, Path(args.media_root), FIELDS), partial(make_example, args))
     return choose(clips, problems, args)
 
 
 def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    layouts.refuse_misspelt(entry, FIELDS)
     group = named(entry, "group", named(entry, "video_id", None))
     if group is None:
         raise ValueError("no video_id and no group: the clips of one video must not be in two splits, so name it")
     composed = questions.composed(entry)
-    forms = [composed.get(key) for key in ("answer", "short_answer")]
-    forms = [str(form).strip() for form in forms if form is not None and not scoring.says_nothing(form)]
+    forms = [named(composed, key, "").strip() for key in ("answer", "short_answer")]
+    forms = [form for form in forms if not scoring.says_nothing(form)]
     if args.target not in composed and forms:
         raise ValueError(f"no {args.target}; give one, or choose the other --target")
     fields = questions.fields({**composed, "answer": composed.get(args.target)})
     audio = [] if args.question == "text" else sound.recording(entry, required=args.question == "audio")
+    frames = videos.frames(entry)
     return Clip(
         where=where,
         split=split or split_of(group),
         id=named(entry, "id", where),
         group=group,
-        media=[*videos.frames(entry), *audio],
+        media=[*frames, *audio],
+        notice=numbered.uneven(tuple(frames)),
         audio=audio,
         also_right=[form for form in forms if form != fields["answer"]],  # the same answer in its other form
         **fields,  # question, answer, question_type, candidates
@@ -207,11 +207,11 @@ class SurgTask(Task):
 
     def sizes(self, example: Clip) -> list[tuple[int, int]]:
         """(width, height) of each frame that the model sees."""
-        return [self.measured[name] for name in self.frames(example)]
+        return [self.measured[name]["size"] for name in self.frames(example)]
 
     def audio_positions(self, audio: str) -> int:
         """Tokens of a recording: one for each 20 ms that it covers."""
-        samples, window = self.measured[audio], self.extractor.n_samples
+        samples, window = self.measured[audio][0], self.extractor.n_samples
         if samples > window:
             text = f"{audio} lasts {samples / sound.RATE:.1f} s, longer than the encoder's window of"
             raise ValueError(f"{text} {window / sound.RATE:.0f} s; shorten it")
@@ -228,9 +228,9 @@ class SurgTask(Task):
         """M-RoPE positions (3, P) of a prefix: text and sound count on in all three, a frame in height and width."""
         return self.images.positions(prefix, self.image_id, self.sizes(example))
 
-    def measure(self, data: Path, name: str) -> tuple[int, int] | int:
-        """(width, height) of a frame, or the samples of a recording; each decoded completely."""
-        return len(sound.read(data, name)) if sound.is_recording(name) else self.images.measure(data, name)
+    def measure(self, data: Path, name: str) -> tuple[dict | tuple, str]:
+        """(width, height) of a frame, or (samples, dBFS) of a recording; each decoded completely, and its content."""
+        return sound.measure(data, name) if sound.is_recording(name) else images.measure(data, name)
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """pixel_values and image_grid_thw of the trees' frames in the order of the packed sequence.
@@ -239,10 +239,10 @@ class SurgTask(Task):
         """
         names = [name for tree in trees for name in tree.media]
         frames = [name for name in names if not sound.is_recording(name)]
-        media = self.images.read(data, frames, [self.measured[name] for name in frames])
+        media = self.images.read(data, frames, [self.measured[name]["size"] for name in frames])
         recordings = [name for name in names if sound.is_recording(name)]
         if recordings:
-            sounds = [sound.read(data, name, samples=self.measured[name]) for name in recordings]
+            sounds = [sound.read(data, name, samples=self.measured[name][0]) for name in recordings]
             spectra = self.extractor(sounds, sampling_rate=sound.RATE, return_tensors="pt").input_features
             positions = torch.tensor([self.audio_positions(name) for name in recordings])
             media |= {"input_features": spectra, "audio_positions": positions}
@@ -482,7 +482,7 @@ def main(argv=None) -> None:
         # ---- answer ----
         asked, prompts = examples[args.eval_split], trees[args.eval_split]
         if not asked:
-            return
+            return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not

@@ -65,7 +65,7 @@ def parse_arguments(argv):
     add("--modality", action="append", metavar="NAME:SIZE:PATCH", help=what)
     what = "where patches do not fill a size: zeros around it, or its rim left out (default: pad)"
     add("--ragged", choices=["pad", "crop"], default="pad", help=what)
-    what = "bring other sizes to the declared one, trilinear (default: no)"
+    what = "bring other sizes to the declared one: averaged, or trilinear where it is larger (default: no)"
     add("--resample", action=yes_no, default=False, help=what)
     what = "of longer series the first frames, shorter ones end in zeros (default: no)"
     add("--fit-time", action=yes_no, default=False, help=what)
@@ -103,10 +103,11 @@ class Turn(Example):
 
 def read_examples(data: Path, args) -> tuple[list[Turn], list[Problem]]:
     """All examples of the folder, UMBRELLA's or plain questions, and the ones that cannot be used."""
-    examples, problems = collect(layouts.umbrella(data, args.supervise), partial(make_example, args))
+    entries = layouts.umbrella(data, Path(args.media_root), args.supervise)
+    examples, problems = collect(entries, partial(make_example, args))
     labels.refuse_unused(args.task_labels, examples)
     # which label each answer names, and each label's candidate: from all examples, so before --limit chooses
-    examples, unnamed, args.worded = labels.settle(examples, args.worded)
+    unnamed, args.worded = labels.settle(examples, args.worded)
     examples, problems = choose(examples, problems + unnamed, args)
     if not args.eval_only:
         shown = {volume.modality for example in examples if example.split == "train" for volume in example.volumes}
@@ -116,17 +117,17 @@ def read_examples(data: Path, args) -> tuple[list[Turn], list[Problem]]:
 
 def make_example(args, where: str, split: str, entry: dict) -> Turn:
     """The example of an assistant's turn. Raises ValueError saying what is wrong with it, and what to do."""
-    volumes.refuse_undeclared(entry["volumes"], args)
+    shown = volumes.declared(entry["volumes"], args)
     fields = questions.fields(entry)
-    allowed = labels.declared(entry, args.task_labels)
+    allowed = labels.declared(fields, args.task_labels)
     return Turn(
         where=where,
         split=split,
         id=entry["id"],
         group=entry["groups"][0],
         groups=entry["groups"],
-        volumes=entry["volumes"],
-        media=[name for volume in entry["volumes"] for name in volume.files],
+        volumes=shown,
+        media=[name for volume in shown for name in volume.files],
         turns=entry["turns"],
         history=entry["turns"][:-1],
         labels=allowed,
@@ -196,8 +197,8 @@ class UmbrellaTask(Task):
         parts = [part for turn in example.turns for part in turn["content"] if part["type"] == "text"]
         return [*(part["text"] for part in parts), example.answer, *example.labels]
 
-    def measure(self, data: Path, name: str) -> list[int]:
-        """The shape of a file along x, y, z …, read completely."""
+    def measure(self, data: Path, name: str) -> tuple[list[int], str]:
+        """The shape of a file along x, y, z …, read completely, and its content."""
         return volumes.measure(data, name)
 
     def media(self, example: Turn) -> list[Volume]:
@@ -474,7 +475,7 @@ def main(argv=None) -> None:
         # ---- answer ----
         asked, prompts = examples[args.eval_split], trees[args.eval_split]
         if not asked:
-            return
+            return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another subject's volumes: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not

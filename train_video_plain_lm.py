@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, questions, videos
+from inputs import data_check, layouts, processors, questions, videos
 from inputs.features import Cache, Video
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, captions, results, scoring
@@ -57,7 +57,7 @@ GRAFTED = ("vision_tower.", "projector.", "fast_packer.", "slow_packer.")  # wha
 NEW_PATTERN = r"(projector|fast_packer|slow_packer)\..*"
 # the projections as Llama, Mistral and Qwen name them; what is adapted is printed. GPT-2's are no nn.Linear
 LORA_PATTERN = r"(?!vision_tower\.).*\.([qkvo]_proj|(gate|up|down)_proj)"
-LAYOUT = ["fast_frames", "slow_frames", "fast_grid", "slow_grid", "packer"]  # a model is bound to it
+LAYOUT = ["fast_frames", "slow_frames", "fast_grid", "slow_grid", "packer", "image_fit"]  # a model is bound to it
 OWN_SETTINGS = [*LAYOUT, "from_scratch", "vision_weights"]  # what a checkpoint is bound to: also to the tower's weights
 
 
@@ -81,6 +81,7 @@ def parse_arguments(argv):
     add("--packer", choices=["attention", "pool"], default="attention", help=what)
     what = "keep the tower's features there, so that it reads each video once (default: nowhere)"
     add("--cache-features", metavar="DIR", help=what)
+    processors.add_flag(parser)
     parser.set_defaults(vision_weights=None)
     args = flags.parse(parser, argv)
     if args.from_scratch and args.tune != "full":
@@ -92,7 +93,7 @@ def parse_arguments(argv):
 # Data: files -> examples
 # ------------------------------------------------------------------------------------------------------------
 
-FIELDS = {"id", "video", "question", "answer", "question_type", "answer_candidates", "group", "history"}
+FIELDS = {"video", "image", *layouts.FIELDS}
 
 
 @dataclass(kw_only=True)
@@ -104,27 +105,27 @@ class Clip(Example):
 
 def read_examples(data: Path, args) -> tuple[list[Clip], list[Problem]]:
     """All examples of the folder, LLaVA's conversations or plain lines, and the ones that cannot be used."""
-    entries = layouts.conversations(layouts.files(data), VIDEO, "video")  # an entry for each answer, with its history
-    return choose(*collect(entries, partial(make_example, data, args)), args)
+    entries = layouts.conversations(layouts.files(data, Path(args.media_root), FIELDS), VIDEO, "video")
+    return choose(*collect(entries, partial(make_example, args)), args)
 
 
-def make_example(data: Path, args, where: str, split: str | None, entry: dict) -> Clip:
+def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    layouts.refuse_misspelt(entry, FIELDS)
-    layouts.refuse_kinds(entry, video=str, question=str, answer=(str, int, float))
     video, name = named(entry, "video", None), named(entry, "id", where)
-    files, count = videos.find(data, video, args.fast_frames, args.slow_frames) if video else ([], None)
+    data = Path(args.media_root)
+    shown = videos.find(data, video, args.fast_frames, args.slow_frames) if video else ([], None, None)
     group = named(entry, "group", video or name)  # videos of one procedure or patient; else the video
     entry = questions.composed(entry)  # é is one character or two: one, so that a word has one spelling
     before = [text for turn in entry.get("history") or [] for text in turn]  # earlier turns are read, too
-    question = "\n".join(filter(None, [*before, (entry.get("question") or "").strip()]))
+    question = "\n".join(filter(None, [*before, named(entry, "question", "").strip()]))
     return Clip(
         where=where,
         split=split or split_of(group),
         id=name,
         group=group,
-        media=files,  # of a folder the frames that are read
-        frames=count,
+        media=shown[0],  # of a folder the frames that are read
+        frames=shown[1],
+        notice=shown[2],
         **questions.fields({**entry, "question": question}, unasked="caption" if video else "text"),
     )
 
@@ -148,9 +149,9 @@ class VideoTask(Task):
         self.tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in (VIDEO, *VIDEO_TOKENS)])
         self.ids = {token: common.single_token_id(self.tokenizer, token) for token in (VIDEO, *VIDEO_TOKENS)}
         self.bos = self.tokenizer.bos_token or self.tokenizer.eos_token  # what every text begins with
-        self.processor = images.processor(Path(args.vision_model) if args.vision_model else folder)
+        self.processor = processors.fitted(Path(args.vision_model or folder), args)
         self.cache = Cache(args.cache_features if args.blind != "blank" else None, self.processor)
-        self.patches = images.patches(self.processor, config.vision_config["patch_size"])  # rows, columns; printed
+        self.patches = processors.patches(self.processor, config.vision_config["patch_size"])  # rows, columns; printed
         self.max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         fast, slow = args.fast_frames * args.fast_grid**2, args.slow_frames * args.slow_grid**2
         print(f"video tokens: {fast} on the fast path, {slow} on the slow one, {fast + slow} positions a video")
@@ -185,8 +186,8 @@ class VideoTask(Task):
         layout = self.layout(example)
         return {token_id: layout.count(token_id) for token_id in self.ids.values()}
 
-    def measure(self, data: Path, name: str) -> tuple[int, str]:
-        """(frames, sha256) of a file, each frame decoded."""
+    def measure(self, data: Path, name: str) -> tuple[dict, str]:
+        """The size and number of a file's frames, each decoded, its sha256, and its content."""
         return videos.measure(data, name)
 
     def media(self, example: Clip) -> videos.Media | None:
@@ -198,8 +199,7 @@ class VideoTask(Task):
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """{"videos": of each prompt tree that shows one its pixels, or its features from the cache, in this order}"""
-        shown = [tree.media for tree in trees if tree.media]
-        return {"videos": [self.cache.read(data, media, self.measured) for media in shown]}
+        return {"videos": [self.cache.read(data, tree.media, self.measured) for tree in trees if tree.media]}
 
     def score(self, prediction: str | None, example: Clip) -> dict[str, bool]:
         """A caption is compared word for word, an answer to a question as any other."""
@@ -486,7 +486,7 @@ def main(argv=None) -> None:
         # ---- answer ----
         asked, prompts = examples[args.eval_split], trees[args.eval_split]
         if not asked:
-            return
+            return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's videos: into RUN/blind
             asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
         records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not

@@ -42,7 +42,7 @@ def load(args) -> tuple:
     task = script.QwenTask(folder, settings)
     examples, problems = script.read_examples(data, settings)
     examples = [example for example in examples if example.split == "test"][: args.questions]
-    task.measured = {name: task.measure(data, name) for example in examples for name in example.media}
+    task.measured = {name: task.measure(data, name)[0] for example in examples for name in example.media}
     trees, faults = common.build_trees(examples, task)
     assert not task.faults + problems and not faults, (task.faults, problems, faults)
     if args.larger:
@@ -132,7 +132,7 @@ def main() -> None:
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
     size = sum(p.numel() for p in model.parameters())
-    tokens = statistics.mean(task.images.tokens(task.measured[tree.media[0]]) for tree in trees)
+    tokens = statistics.mean(task.images.tokens(task.measured[tree.media[0]]["size"]) for tree in trees)
     print(f"{len(examples)} questions about {len(trees)} images of {tokens:.0f} tokens, {size:,} parameters, float32")
     table = {}
     for name, times in seconds.items():

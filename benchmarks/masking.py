@@ -95,7 +95,7 @@ def probe(folder: Path, flags: list[str], checkpoints: list[Path], examples: int
     task = script.VideoTask(folder / "model", args)
     args.limit = examples
     chosen = [example for example in script.read_examples(data, args)[0] if example.split == "val" and example.media]
-    task.measured = {name: task.measure(data, name) for example in chosen for name in example.media}
+    task.measured = {name: task.measure(data, name)[0] for example in chosen for name in example.media}
     model = script.load_model(folder / "model", task, torch.float32)
     trees, _ = common.build_trees(chosen, task)  # masked, as all that is not trained on
     batches = []

@@ -5,13 +5,13 @@ the leakage check and the scorer's audit of report/, and writes check.json. No w
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
-from inputs import show
-from inputs.files import SPLITS, file_sha256
+from inputs import images, show, sound
+from inputs.files import SPLITS
 from inputs.task import Example, Problem, Task
 from report import audit, leakage, scoring
 from runtime import ranks
@@ -24,25 +24,32 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
 
     Afterwards task.measured holds what the task counts tokens from.
     """
-    args, data = run.args, Path(run.args.data)
-    found, task.measured, digests = check_media(data, examples, task.measure)
+    args, data = run.args, Path(run.args.media_root)
+    found, task.measured, contents = check_media(data, examples, task.measure)
+    task.report |= images.summary(task.measured, task.processor)
+    task.report |= sound.list_quiet(task.measured)
     scorer = ranks.on_first_rank(lambda: audit.audit_scorer(lambda s, e: task.score(s, e)["exact"], examples))
-    leaks = ranks.on_first_rank(lambda: leakage.check(data, examples, digests))
-    shared = leakage.overlaps(examples, digests)
+    leaks = ranks.on_first_rank(lambda: leakage.check(data, examples, contents))
+    shared = leakage.overlaps(examples, contents)
     splits, trees, wrong = build(examples, problems + found, task)
     counts = {split: count(splits[split], trees[split]) for split in SPLITS}
     result = {"splits": counts, "shared_with_earlier_splits": shared, **task.report}
-    result |= first_example(splits, trees, task) | {"scorer": scorer, "leakage": leaks}
+    result |= first_example(splits, trees, task) | {"scorer": scorer, "leakage": leaks} | fields(examples)
     for split, numbers in counts.items():
         shown = [f"{n:,} {name.replace('_', ' ')}" for name, n in numbers.items() if name != "question_types"]
         print(f"{split}: {', '.join(shown)}")
+    show.print_unanswerable([example for part in splits.values() for example in part])
     for tree in (trees["train"] or trees[args.eval_split])[:2]:
         show.print_supervised(task.tokenizer, tree)
     audit.print_audit(scorer)
     leakage.print_result(leaks)
+    notices = [Problem(example.where, example.id, example.notice) for example in examples if example.notice]
+    show.print_faults(notices, "notice")
+    result["notices"] = list(map(str, notices))
     fatal = task.faults + [Problem("scorer", None, f"{text}; correct Task.score") for text in scorer["failures"]]
     folder = Path(args.out, "blind", args.blind) if args.blind else Path(args.out)
-    settle(folder / "check.json", result, fatal, problems + found + wrong, args.skip_bad)
+    gone = left_out(examples, problems + found + wrong, splits)
+    settle(folder / "check.json", result, fatal, problems + found + wrong, gone, args.skip_bad)
     refuse_empty({item.split for item in (*examples, *problems)}, splits, args)
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
@@ -54,18 +61,21 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
 
 
 def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Problem], dict, dict]:
-    """Open every file once; the same bytes or group in two splits is a fault too.
+    """Open every file once; the same content or group in two splits, and a recording of two questions, are faults too.
 
-    measure(data, name) is Task.measure. Returned are the faults, {name: what it measured}, and {name: sha256} of what
+    measure(data, name) is Task.measure. Returned are the faults, {name: what it measured}, and {name: content} of what
     could be read.
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
 
     def look(name: str) -> tuple:
         try:
-            return None, measure(data, name), file_sha256(data, name)
+            found = measure(data, name)
         except ValueError as error:
             return str(error), None, None
+        if not isinstance(found, tuple) or [type(part) for part in found[1:]] != [str]:
+            raise SystemExit("Task.measure must return what tokens are counted from and a content; see inputs/task.py")
+        return None, *found
 
     mine = names[ranks.rank() :: ranks.ranks()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
@@ -77,14 +87,33 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
         shared = [("group", group, group) for group in example.groups]
         shared += [("file", name, seen[name][2]) for name in example.shown]
         for what, name, key in shared if not broken else []:
-            other = first.setdefault((what, key), example)
+            other, same = first.setdefault((what, key), (example, name))
             if other.split != example.split:
-                text = f"{what} {name} of {example.split} is also in {other.split} ({other.where})"
-                broken.append(f"{text}; keep it in one split")
+                field = (what == "group" and example.grouped) or what  # patient_id
+                text = f"{field} {name} of {example.split} "
+                text += f"is also in {other.split}" if name == same else f"shows the same as {same} of {other.split}"
+                remedy = "keep it in one split" + ("" if field == what else ", or name the patient as group")
+                broken.append(f"{text} ({other.where}); {remedy}")
         if broken:
             problems.append(Problem(example.where, example.id, "; ".join(broken)))
-    digests = {name: found[2] for name, found in seen.items() if not found[0]}
-    return problems, {name: found[1] for name, found in seen.items()}, digests
+    contents = {name: found[2] for name, found in seen.items() if not found[0]}
+    problems += two_questions(examples, contents)
+    return problems, {name: found[1] for name, found in seen.items()}, contents
+
+
+def two_questions(examples: list[Example], contents: dict[str, str]) -> list[Problem]:
+    """Faults of the examples whose recording is also that of another question, under any name: it speaks only one."""
+    heard = [(e, name) for e in examples for name in e.media if name not in e.shown]
+    spoken, problems = defaultdict(dict), []  # content -> question -> (the first example that asks it, its recording)
+    for example, name in heard:
+        spoken[contents.get(name, name)].setdefault(scoring.normalise(example.question), (example, name))
+    for example, name in heard:
+        questions, asked = spoken[contents.get(name, name)], scoring.normalise(example.question)
+        for other, same in [found for question, found in questions.items() if question != asked][:1]:
+            text = f"{name} is {'also' if name == same else 'the same as ' + same + ','} the recording of another"
+            text += f" question, {other.question!r} ({other.where}); record each, and name it in the example's audio"
+            problems.append(Problem(example.where, example.id, text))
+    return problems
 
 
 def build(examples: list[Example], faults: list[Problem], task: Task) -> tuple[dict, dict, list[Problem]]:
@@ -102,6 +131,7 @@ def build(examples: list[Example], faults: list[Problem], task: Task) -> tuple[d
 def count(examples: list[Example], trees: list[common.Prompt]) -> dict:
     return {
         "questions": len(examples),
+        "showing_nothing": sum(not example.media for example in examples),
         "files": len({name for example in examples for name in example.media}),
         "tokens": sum(map(len, trees)),
         "supervised_tokens": sum(tree.supervised() for tree in trees),
@@ -121,23 +151,59 @@ def first_example(splits: dict, trees: dict, task: Task) -> dict:
     return {}
 
 
-def settle(path: Path, result: dict, fatal: list[Problem], faults: list[Problem], skip_bad: bool) -> None:
+def fields(examples: list[Example]) -> dict:
+    """{"unread": {field: in how many examples}, "grouped": {field, or "": …}}, printed where there is something to say.
+
+    Where no example names a group, each medium is taken as independent: intervals and splits know of no patient.
+    """
+    unread = Counter(name for example in examples for name in example.unread)
+    grouped, media = Counter(example.grouped or "" for example in examples), "the medium itself"
+    if unread:
+        print(f"fields not read: {', '.join(f'{name} ({n:,} examples)' for name, n in unread.most_common())}")
+    if set(grouped) == {""}:
+        print("no example names a group (such as patient_id): each medium is taken as independent, and a patient may")
+        print("stand in two splits")
+    elif set(grouped) - {"group", ""}:
+        print(f"groups: {', '.join(f'{name or media} ({n:,} examples)' for name, n in grouped.items())}")
+    return {"unread": dict(unread), "grouped": dict(grouped)}
+
+
+def left_out(examples: list[Example], faults: list[Problem], splits: dict) -> dict[str, tuple[int, int]]:
+    """{split or question type: (how many examples --skip-bad leaves out, of how many)}, the largest share first."""
+    known = {example.where: (example.split, example.question_type) for example in examples}
+    gone = {problem.where: known.get(problem.where, (problem.split, problem.kind)) for problem in faults}
+    used = Counter(name for part in splits.values() for example in part for name in known[example.where])
+    lost = Counter(name for names in gone.values() for name in names if name)
+    found = {name: (n, n + used[name]) for name, n in lost.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1][0] / item[1][1]))
+
+
+def settle(path: Path, result: dict, fatal: list, faults: list, gone: dict, skip_bad: float | None) -> None:
     """Write check.json and print the faults; ends the program unless there are none or --skip-bad leaves them out.
 
-    `fatal` are the checkpoint's and the scorer's faults, which no example can be left out for.
+    `fatal` are the checkpoint's and the scorer's faults, which no example can be left out for; nor can one for a file
+    that cannot be read. `skip_bad` is the largest share of a split or a question type that may go (see left_out).
     """
     show.print_faults([*fatal, *faults])
-    left_out = faults if skip_bad and not fatal else []
-    failures, skipped = [] if left_out else [*fatal, *faults], sorted({problem.where for problem in left_out})
-    outcome = {"failures": list(map(str, failures)), "skipped": skipped, "skipped_because": list(map(str, left_out))}
+    fatal = [*fatal, *(problem for problem in faults if problem.fatal)]
+    shares = [f"{n} of {total} {name} ({n / total:.1%})" for name, (n, total) in gone.items()]
+    lost, total = next(iter(gone.values()), (0, 1))
+    much = skip_bad is not None and lost / total > skip_bad
+    skipped = faults if skip_bad is not None and not (fatal or much) else []
+    failures = [] if skipped else [*fatal, *(problem for problem in faults if not problem.fatal)]
+    outcome = {"failures": list(map(str, failures)), "skipped_because": list(map(str, skipped))}
+    outcome |= {"skipped": sorted({problem.where for problem in skipped}), "left_out": gone}
     write_json(path, {"passed": not failures, **result, **outcome})
+    if skipped:
+        print(f"--skip-bad leaves out {', '.join(shares)}, listed in {path}")
     if failures:  # on every rank; the first prints them
         text = f"{len(failures)} faults, listed in {path}"
-        text += "; --skip-bad leaves examples with faults out, by name" if faults and not fatal else ""
+        if much and not fatal:
+            text += f"; --skip-bad would leave out {shares[0]}, more than {skip_bad:.0%}, and what is left may be a "
+            text += f"selection: fix them, or allow it with --skip-bad {-(-100 * lost // total)}%"
+        elif faults and not fatal:
+            text += "; --skip-bad leaves examples with faults out, by name"
         raise SystemExit(text if ranks.rank() == 0 else 1)
-    if skipped:
-        used = sum(numbers["questions"] for numbers in result["splits"].values())
-        print(f"--skip-bad leaves out {len(skipped)} of {used + len(skipped)} examples, listed in {path}")
 
 
 def refuse_empty(known: set, splits: dict, args) -> None:
@@ -151,7 +217,7 @@ def refuse_empty(known: set, splits: dict, args) -> None:
             raise SystemExit(f"--skip-bad would leave out all of {split}; fix its examples")
     if args.eval_only and not splits[args.eval_split]:
         raise SystemExit(f"--eval-split {args.eval_split}: the data has no such examples")
-    if not (args.check or splits[args.eval_split]):
+    if not splits[args.eval_split]:
         print(f"--eval-split {args.eval_split}: no examples, so nothing will be answered")
 
 

@@ -49,7 +49,7 @@ class Cache:
 
     def read(self, data: Path, media: Media, measured: dict) -> Video:
         """Raises ValueError where the video is no longer what was measured of it."""
-        contents, path = [measured[name][1] for name in media.files], None
+        contents, path = [measured[name]["sha256"] for name in media.files], None
         if self.folder:
             path = self.path(contents, media.frames)
             found = read_features(path)

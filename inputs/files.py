@@ -1,93 +1,131 @@
-"""Files of a data folder: their lines, their splits, and paths that may not leave the folder."""
+"""Files of a data folder: their splits, and the names of what they show."""
 
 import hashlib
-import json
+import math
+import os
 import re
+import stat
+import unicodedata
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
-from inputs.task import Problem
+import numpy as np
 
-SPLITS = ("train", "val", "test")
+from inputs.numbered import in_order
+from inputs.task import SPLITS
+
+# what publishers call a split, in file names and in fields -> what it is called here
+SPLIT_NAMES = {"train": "train", "val": "val", "test": "test", "training": "train", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "dev", "eval"), "val")
+READ = (".jsonl", ".json", ".csv")
 
 
 def data_files(data: Path) -> dict[str | None, Path]:
     """{split: its file} of a data folder, or {None: its only file}, to be divided by split_of. Ends where neither."""
     if not data.is_dir():
         raise SystemExit(f"--data {data}: no such folder")
-    found = [path for split in SPLITS for path in sorted(data.glob(f"{split}.json*"))]
-    files = {path.stem: path for path in found if path.suffix in (".json", ".jsonl")}
-    if len(files) < len(found):
-        raise SystemExit(f"--data {data}: one file a split, not {', '.join(path.name for path in found)}")
-    single = [] if files else sorted([*data.glob("*.jsonl"), *data.glob("*.json")])
-    if len(single) != 1 and not files:
-        raise SystemExit(f"--data {data}: neither train/val/test.jsonl nor a single .jsonl or .json file")
-    return files or {None: single[0]}
-
-
-def read_json(path: Path):
-    """What a JSON file holds. Raises ValueError where it is none, or cannot be read."""
+    kinds = r"[^.].*\.(jsonl?|csv|tsv|parquet|arrow|ya?ml)(\.gz|\.zip|\.zst|\.xz)?"  # whether read or not
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"not JSON ({error}); fix the file") from None
+        found, files = [path for path in sorted(data.iterdir()) if re.fullmatch(kinds, path.name.lower())], {}
+    except OSError as error:
+        raise SystemExit(f"--data {data} cannot be read ({error.strerror}); make it readable") from None
+    for path in found:
+        split = SPLIT_NAMES.get(path.name.partition(".")[0].lower().removesuffix("_conversations"))  # UMBRELLA's
+        if split and (path.suffix not in READ or split in files):
+            other = files[split].name if split in files else "what is read"
+            raise SystemExit(f"--data {data}: one file a split, {' or '.join(READ)}, not {path.name} beside {other}")
+        files |= {split: path} if split else {}
+    if not files and len(found) == 1 and found[0].suffix in READ:
+        return {None: found[0]}
+    if not files:
+        others = f"; write {found[0].name} as JSON lines" if found and found[0].suffix not in READ else ""
+        raise SystemExit(f"--data {data}: neither train/val/test.jsonl nor a single {' or '.join(READ)} file{others}")
+    others = [path.name for path in found if path not in files.values()]
+    if others:
+        print(f"not read, beside {', '.join(path.name for path in files.values())}: {', '.join(others)}")
+    return {split: files[split] for split in SPLITS if split in files}
 
 
-def read_jsonl(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
-    """The objects of a JSON-lines file, each with its "file:line", and the lines that are none."""
+# ---- paths ----
+
+
+def inside(media: Path, name: str) -> Path:
+    """media/name, wherever links lead from there. Raises ValueError where it is no file, or named from elsewhere."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        text = "leads outside the data folder; link the file into it, or name its folder with --media-root"
+        raise ValueError(f"{name} {text}")
     try:
-        # with a byte order mark or without; splitlines would also cut at U+2028 inside a text
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        return [], [Problem(path.name, None, f"not UTF-8 ({error}); convert the file")]
-    entries, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-                if not isinstance(entry, dict):
-                    raise ValueError("not an object")
-                entries.append((f"{path.name}:{number}", entry))
-            except ValueError as error:
-                problems.append(Problem(f"{path.name}:{number}", None, f"not a JSON object ({error}); fix the line"))
-    if not entries and not problems:
-        problems.append(Problem(path.name, None, "the file holds no examples"))
-    return entries, problems
+        name.encode()
+        mode = (media / name).stat().st_mode
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} cannot be opened: its name is not UTF-8; rename the file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{name} is missing; {remedy(media, name)}") from None
+    except (OSError, ValueError) as error:  # a name too long or with a NUL, a link to itself
+        text = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} cannot be opened: {text}; correct the name") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{name} cannot be opened: it is a folder or a device; name a file")
+    return media / name
 
 
-def inside(folder: Path, name: str) -> Path:
-    """folder/name, or ValueError where it does not exist or leaves the folder (.., absolute path, symbolic link)."""
-    try:
-        path = (folder / name).resolve()
-        found = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
-        raise ValueError(f"{name} cannot be opened: {error}") from None
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{name} leads outside the data folder; copy the file into it")
-    if not found:
-        raise ValueError(f"{name} is missing; restore the file or leave the example out (--skip-bad)")
-    return path
+def remedy(media: Path, name: str) -> str:
+    """What to do about a missing file: mostly it is there under a name that is spelt a little otherwise."""
+    found, how = Path(), "names are case-sensitive"
+    for part in name.replace("\\", "/").split("/"):
+        called = spelt(media / found).get(alike(part))
+        if called is None:
+            return "restore the file or leave the example out (--skip-bad)"
+        found /= called
+    if str(found) == name:
+        return "it is a link that leads nowhere, so restore what it leads to"
+    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", str(found)):
+        how = "its accents are encoded otherwise (NFC, NFD)"
+    return f"there is {found} ({'folders end with /' if chr(92) in name else how}); correct the name"
+
+
+@lru_cache(3)  # hints alone need it, and a folder may hold a million files
+def spelt(folder: Path) -> dict[str, str]:
+    """{what is alike: a name} of all that lies in a folder."""
+    with suppress(OSError):
+        return {alike(name): name for name in os.listdir(folder)}
+    return {}
+
+
+def alike(name: str) -> str:
+    """The same for names that differ in case, or in whether é is one character or two."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def first_existing(data: Path, places: list[str]) -> str:
     """The first of these names that is a file of the folder; where none is, the first, to be reported as missing."""
-    with suppress(OSError):  # a name too long for any file
-        return next((place for place in places if (data / place).is_file()), places[0])
-    return places[0]
+    return next((place for place in places if os.path.isfile(os.path.join(data, place))), places[0])
 
 
 def listed(data: Path, name: str) -> list[str] | None:
     """The files of the folder `name` by number, frame_2 before frame_10; None where it is no folder."""
     with suppress(OSError):  # a name too long for any file
         if (data / name).is_dir():
-            names = [path.name for path in (data / name).iterdir() if not path.name.startswith(".")]
-            return [f"{name}/{file}" for file in sorted(names, key=by_number)]
+            names = in_order(tuple(file for file in os.listdir(data / name) if not file.startswith(".")))
+            return [f"{name}/{file}" for file in names]
     return None
 
 
-def by_number(name: str) -> tuple[list, str]:
-    """What names are sorted by: the numbers in them as numbers, then the name itself."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+# ---- arrays and bytes ----
+
+
+def array_header(file, length: int) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, type) of a .npy file, from its header. Raises ValueError where the file has another length."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    if kind.hasobject:
+        raise ValueError("it holds pickled objects; save numbers alone")
+    due = file.tell() + math.prod(shape) * kind.itemsize
+    if due != length:
+        raise ValueError(f"its header says {due:,} bytes, and there are {length:,}; copy it again, or write it anew")
+    return shape, kind
 
 
 def file_sha256(data: Path, name: str) -> str:

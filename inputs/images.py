@@ -1,4 +1,6 @@
-"""Images: found in the data folder, decoded completely, and prepared by the checkpoint's own image processor.
+"""Images: found in the data folder, and decoded completely. How they are prepared is in processors.py.
+
+Pictures of every kind, the frames of videos among them, become RGB by `to_rgb` alone.
 
 `QwenImages` is what Qwen2-VL adds: images of any size, and positions in time, height and width.
 """
@@ -7,28 +9,69 @@ import math
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from inputs.files import first_existing, inside, read_json
+from inputs import content, processors
+from inputs.files import first_existing, inside
+from inputs.task import as_text
 
-FIELDS = ("image", "image_filename", "image_id", "img_id")  # the usual names of an example's image
-MAX_PIXELS = 50_000_000  # an image with more is refused before it is decoded
+# usual names of an image
+FIELDS = ("image", "image_path", "image_file", "image_filename", "image_name", "img_name", "image_id", "img_id")
+# an image with more is refused before it is decoded, or padded to a square
+MAX_PIXELS, MAX_SIDE = 50_000_000, 12_000
+MAX_RATIO = 200  # of its sides: Qwen2-VL's own limit, and a centre crop would show 1/200 of a longer strip
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # colour modes that become RGB without a choice of ours
 
 
 def named(data: Path, entry: dict) -> str:
     """The file of an entry's image, by whichever of its usual names. Raises ValueError where there is none."""
-    name = next((str(entry[field]) for field in FIELDS if entry.get(field) not in (None, "")), None)
-    if name is None:
+    given = {field: find(data, as_text(entry[field], field)) for field in FIELDS if entry.get(field) not in (None, "")}
+    if not given:
         raise ValueError(f"no image; give one of {', '.join(FIELDS)}")
-    return find(data, name)
+    first = next(iter(given.values()))
+    for field, name in given.items():  # an ID may be a number of its own
+        differs = Path(name).name != Path(first).name and not field.endswith("_id")
+        if name != first and (differs or (data / name).is_file()):
+            raise ValueError(f"two images, {first} and {name}, of which one would not be shown; keep one")
+    return first
 
 
 def find(data: Path, name: str) -> str:
     """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
     return first_existing(data, [name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))])
+
+
+def refuse_unreadable(image: Image.Image, largest: int) -> None:
+    """Raises ValueError where a picture, opened and not yet decoded, is too large, or would not survive as RGB."""
+    size = f"{image.width} x {image.height} pixels"
+    if image.width * image.height > largest or max(image.size) > MAX_SIDE:
+        raise ValueError(f"{size}, more than {largest:,}, or than {MAX_SIDE:,} a side; scale it down")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"{size}, one side over {MAX_RATIO} times the other; crop it")
+    if image.mode in ("I", "F") or ";16" in f"{image.mode} {image.tile}":  # of colours Pillow keeps the upper 8 bits
+        text = "choose a window (level and width), scale that to 8 bits and save it as PNG"
+        raise ValueError(f"colour mode {image.mode}, more than 8 bits a value; {text}")
+    if image.mode not in MODES:
+        raise ValueError(f"colour mode {image.mode}; convert it to RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture, turned as its EXIF says, as RGB; over white where it is transparent: info["over_white"].
+
+    Raises ValueError where nothing would be left to see: of a white drawing, or one that is transparent all over.
+    """
+    image = ImageOps.exif_transpose(image)
+    clear = image.convert("RGBA") if image.has_transparency_data else None
+    over_white = clear is not None and clear.getchannel("A").getextrema()[0] < 255
+    if over_white:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), clear)
+    image = image.convert("RGB")
+    image.info = {"over_white": over_white}
+    if over_white and all(high - low < 8 for low, high in image.getextrema()):  # levels of 255, of each colour
+        text = "over white nothing of it would be seen; lay it over the background that it was drawn for"
+        raise ValueError(f"transparent, and {text}")
+    return image
 
 
 def open_image(data: Path, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -37,76 +80,37 @@ def open_image(data: Path, name: str, max_pixels: int = MAX_PIXELS) -> Image.Ima
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would warn first, and have another message
     try:
         with Image.open(path, formats=["JPEG", "PNG"]) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}; scale it down")
+            refuse_unreadable(image, max_pixels)
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} frames; an example's image needs one")
-            if image.mode not in MODES:
-                raise ValueError(f"colour mode {image.mode}; convert it to RGB")
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # damaged files make a decoder raise anything
         what = "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name} cannot be read: {what}") from None
 
 
-# ---- the checkpoint's image processor ----
+def measure(data: Path, name: str) -> tuple[dict, str]:
+    """({"size": (width, height), "over_white": is it transparent?}, content) of an image, decoded completely."""
+    image = open_image(data, name)
+    return {"size": image.size, "over_white": image.info["over_white"]}, content.of_picture(image)
 
 
-def processor(folder: Path, **expected):
-    """The checkpoint's image processor, always through Pillow: the same pixels whether torchvision is there or not.
-
-    `expected` are its attributes that must be the vision tower's own. Ends where they are not, or there is none.
-    """
-    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        config = read_json(path) if path.is_file() else {}
-        kind = config.get("image_processor", config).get("image_processor_type")
-        if kind:
-            break
-    else:
-        raise SystemExit(f"--model {folder}: no preprocessor_config.json that names an image_processor_type")
-    kind = kind.removesuffix("Fast").removesuffix("Pil") + "Pil"
-    found = getattr(transformers, kind, None)
-    if found is None:
-        raise SystemExit(f"--model {folder}: transformers has no {kind} ({path.name}: image_processor_type)")
-    found = found.from_pretrained(folder)
-    for key, value in expected.items():
-        if getattr(found, key) != value:
-            text = f"{key} {getattr(found, key)}, the vision tower has {value} (config.json)"
-            raise SystemExit(f"--model {folder}: preprocessor_config.json has {text}; copy the checkpoint's own")
-    return found
-
-
-def size_of(processor) -> tuple[int, int]:
-    """(height, width) in pixels of what the vision tower sees, the same of every image. Ends where they differ."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    if None in (size.get("height"), size.get("width")):
-        raise SystemExit("preprocessor_config.json: images would differ in size; give it a crop, or a height and width")
-    return size["height"], size["width"]
-
-
-def seen(processor, width: int, height: int) -> float:
-    """The share of an image of these proportions that is left after the crop: DINOv2's, of 16:9, is 43 %."""
-    if not getattr(processor, "do_center_crop", False):
-        return 1.0
-    resized = processor.size.get("height"), processor.size.get("width")
-    if None in resized:
-        scale = processor.size["shortest_edge"] / min(width, height)
-        resized = scale * height, scale * width
-    return math.prod(min(1.0, crop / side) for crop, side in zip(size_of(processor), resized, strict=True))
-
-
-def patches(processor, patch: int) -> tuple[int, int]:
-    """(rows, columns) of an image's patches, printed with what is cropped away. Ends where a patch would be cut."""
-    height, width = size_of(processor)
-    if height % patch or width % patch:
-        raise SystemExit(
-            f"preprocessor_config.json: {height} x {width} pixels are not divisible into {patch} px patches"
-        )
-    rows, columns = height // patch, width // patch
-    unseen = " and ".join(f"{1 - seen(processor, w, h):.0%} of {w}:{h}" for w, h in ((1, 1), (16, 9)))
-    print(f"a frame is {height} x {width} pixels, {rows} x {columns} patches; cropped away: {unseen}")
-    return rows, columns
+def summary(measured: dict, processor) -> dict:
+    """{"pictures": …} for check.json, printed: how many are laid over white, and what the processor crops away."""
+    seen = {name: found for name, found in measured.items() if isinstance(found, dict)}
+    over_white = [name for name, found in seen.items() if found["over_white"]]
+    if over_white:
+        print(f"transparent, laid over white: {len(over_white):,} of {len(seen):,} pictures, such as {over_white[0]}")
+    result = {"files": len(seen), "over_white": len(over_white)}
+    if seen and processor is not None and processors.fit_of(processor) == "crop":
+        lost = {name: processors.cropped_away(processor, *found["size"]) for name, found in seen.items()}
+        mean, most = sum(lost.values()) / len(lost), max(lost, key=lost.get)
+        result["cropped_away"] = {"mean": round(mean, 4), "most": round(lost[most], 4), "file": most}
+        if lost[most] >= 0.005:
+            text = f"on average {mean:.0%} of the pixels are cropped away, at most {lost[most]:.0%} ({most})"
+            print(f"of {len(seen):,} pictures, {text}; --image-fit pad or squash shows all")
+    return {"pictures": result} if seen else {}
 
 
 # ---- Qwen2-VL ----
@@ -128,7 +132,7 @@ class QwenImages:
 
     def __init__(self, folder: Path, vlm, min_pixels=None, max_pixels=None, longest: int | None = None):
         vision = vlm.config.vision_config
-        self.processor = processor(folder, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+        self.processor = processors.load(folder, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
         self.longest, self.rope_index, size = longest, vlm.model.get_rope_index, self.processor.size
         least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         token = (self.processor.patch_size * self.processor.merge_size) ** 2  # 28 x 28 = 784 pixels
@@ -137,14 +141,6 @@ class QwenImages:
             raise SystemExit(f"{text}: the first must be at least {token}, a token's, and at most the second")
         size["shortest_edge"], size["longest_edge"] = least, most
         self.pixels = [least, most]
-
-    def measure(self, data: Path, name: str) -> tuple[int, int]:
-        """(width, height) of an image, decoded completely. Raises ValueError where one side is 200 times the other."""
-        image = open_image(data, name)
-        if max(image.size) > 200 * min(image.size):  # which smart_resize refuses
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{name}: {size}, one side over 200 times the other; crop it")
-        return image.size
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(1, rows, columns) of the patches of an image of (width, height)."""

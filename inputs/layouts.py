@@ -5,28 +5,54 @@ it cannot be read. `where` is what faults are named by, "train.jsonl:17". Script
 `entries` reads any of them, for whoever looks at a data folder without a script.
 """
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from inputs import sound, turns, videos
-from inputs.files import SPLITS, data_files, first_existing, read_json, read_jsonl
+from inputs import fields, sound, turns, videos
+from inputs.files import SPLIT_NAMES, SPLITS, data_files, first_existing
 from inputs.task import Problem
-from inputs.turns import refuse_misspelt
+from inputs.texts import read_csv, read_json, read_jsonl, read_text, tidy
 
-# ---- JSON lines, JSON lists, LLaVA's conversations ----
+# ---- JSON lines, JSON lists, CSV, LLaVA's conversations ----
+
+# beside what is shown
+FIELDS = {"id", "question", "answer", "question_type", "answer_candidates", "group", "history", "conversations"}
 
 
-def files(data: Path):
-    """The entries of {train,val,test}.jsonl or .json, or of a single such file, whose split is None."""
+def files(data: Path, media: Path, known: set[str] | None):
+    """The entries of {train,val,test}.jsonl, .json or .csv, or of a single such file, whose own split counts, if any.
+
+    Names of media start from `media`. Of fields that are not `known` see fields.read.
+    """
     for split, path in data_files(data).items():
-        yield from file_entries(path, split)
+        found = list(file_entries(path, split, media, known))
+        some = any(split for _, split, _ in found)
+        for where, split, entry in found:
+            fault = some and split is None and not isinstance(entry, Problem)
+            text = "no split, though others of the file name theirs; name it in each, or in none"
+            yield where, split, Problem(where, entry.get("id"), text) if fault else entry
 
 
-def file_entries(path: Path, split: str | None = None):
-    """The entries of one file: JSON lines, or a JSON list."""
+def file_entries(path: Path, split: str | None, media: Path, known: set[str] | None):
+    """The entries of one file, each as read_entry makes it."""
+    return each(raw_entries(path, split), partial(read_entry, media, known))
+
+
+def read_entry(media: Path, known: set[str] | None, where: str, split: str | None, entry: dict):
+    """The entry with its group, its split, and all its fields under the names by which they are read."""
+    for name in ("conversations", "messages"):
+        if not isinstance(entry.get(name), list | None):
+            raise ValueError(f"{name} must be a list of turns: {entry[name]!r}")
+    yield where, *fields.read(media, split, turns.messages(tidy(media, entry)), known)
+
+
+def raw_entries(path: Path, split: str | None):
+    """The entries of one file: JSON lines, a JSON list, or CSV with a header."""
     if path.suffix != ".json":
-        entries, problems = read_jsonl(path)
+        entries, problems = (read_csv if path.suffix == ".csv" else read_jsonl)(path)
         yield from ((problem.where, split, problem) for problem in problems)
         yield from ((where, split, entry) for where, entry in entries)
         return
@@ -35,11 +61,11 @@ def file_entries(path: Path, split: str | None = None):
         if not isinstance(entries, list) or not entries:
             raise ValueError("not a JSON list of examples; fix the file")
     except ValueError as error:
-        yield path.name, split, Problem(path.name, None, str(error))
+        yield path.name, split, Problem(path.name, None, str(error), fatal=True)
         return
     for i, entry in enumerate(entries):
         where = f"{path.name}[{i}]"
-        fault = Problem(where, None, f"not a JSON object: {entry!r}; fix the file")
+        fault = Problem(where, None, "not a JSON object; fix the file")
         yield where, split, entry if isinstance(entry, dict) else fault
 
 
@@ -53,7 +79,7 @@ def each(entries, take_apart: Callable):
             yield from list(take_apart(where, split, entry))
         except ValueError as error:
             yield where, split, Problem(where, entry.get("id"), str(error))
-        except (TypeError, AttributeError) as error:  # a number for a list, a list for a text, …
+        except (TypeError, AttributeError, LookupError, RecursionError) as error:  # a number for a list, say
             yield where, split, Problem(where, None, f"not as conversations are written ({error}); fix the file")
 
 
@@ -69,13 +95,6 @@ def conversations(entries, mark: str, field: str | None = None):
     return each(entries, partial(turns.llava, mark=mark, field=field))
 
 
-def refuse_kinds(entry: dict, **kinds) -> None:
-    """Raise ValueError where a field that is there is not of its kind: field=str, or several kinds."""
-    for name, kind in kinds.items():
-        if entry.get(name) is not None and not isinstance(entry[name], kind):
-            raise ValueError(f"{name} must be a text: {entry[name]!r}")
-
-
 # ---- EndoVis-18-VQA: seq_N/vqa/{Classification,Sentence}/FRAME_QA.txt ("question|answer"), seq_N/left_fr/FRAME.png
 
 PAPER = {"train": [2, 3, 4, 6, 7, 9, 10, 11, 12, 14, 15], "test": [1, 5, 16]}
@@ -89,7 +108,7 @@ def is_endovis(data: Path) -> bool:
     return any(data.glob("seq_*/vqa"))
 
 
-def endovis(data: Path, choice: str | None):
+def endovis(data: Path, media: Path, choice: str | None):
     """The questions of a published split (a key of ENDOVIS), a sequence of frames being a group."""
     if choice is None:
         text = "EndoVis-18-VQA has two published splits that contradict each other"
@@ -99,100 +118,124 @@ def endovis(data: Path, choice: str | None):
         paths = sorted((data / f"seq_{number}" / "vqa" / answers).glob("*.txt"))
         if not paths:
             where = f"seq_{number}/vqa/{answers}"
-            yield where, split, Problem(where, None, "no annotation files; complete the data set")
+            yield where, split, Problem(where, None, "no annotation files; complete the data set", fatal=True)
         for path in paths:
             frame = path.stem.removesuffix("_QA")
             # the left camera's frames; right_fr and labels hold files of the same name
             near = [f"seq_{number}/{camera}{frame}" for camera in ("left_fr/", "", "vqa/")]
-            image = first_existing(data, [f"{place}.{ending}" for place in near for ending in ("png", "jpg")])
-            for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            places = [f"{place}.{ending}" for place in near for ending in ("png", "jpg")]
+            image = first_existing(media, places)
+            try:
+                lines = read_text(path).splitlines()
+                if not lines:
+                    raise ValueError("the file holds no questions; copy it again")
+            except ValueError as error:
+                where = str(path.relative_to(data))
+                yield where, split, Problem(where, None, str(error), fatal=True)
+                continue
+            for line, text in enumerate(lines, start=1):
                 where, (question, bar, answer) = f"{path.relative_to(data)}:{line}", text.partition("|")
                 entry = {"image": image, "question": question, "answer": answer, "group": f"seq_{number}"}
-                yield where, split, entry if bar else Problem(where, None, 'no "question|answer"; fix the line')
+                fault = not bar or "|" in answer
+                yield where, split, Problem(where, None, 'not "question|answer"; fix the line') if fault else entry
 
 
-# ---- SurgViVQA: {train,eval,test}_multivideo.jsonl, frames/VIDEO/NAME.jpg, audio/SPLIT/ID.wav ----
+# ---- SurgViVQA: frames/VIDEO/NAME.jpg or NUMBER.jpg, audio/out_VIDEO/ID.mp3 (of in_*.jsonl audio/in_VIDEO), and ----
 
-SURGVIVQA = {"train": "train_multivideo.jsonl", "val": "eval_multivideo.jsonl", "test": "test_multivideo.jsonl"}
-SURGVIVQA_FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "video_id"}
-SURGVIVQA_FIELDS |= {"answer_candidates", "group", "frame_numbers", "total_frames"}
+# which of them a folder is read by: the first kind that it has; the last two ask all questions, in either wording
+SURGVIVQA = [rf"({'|'.join(SPLIT_NAMES)})_(\w+_)?{kind}\.jsonl" for kind in ("multivideo", "stratified")]
+SURGVIVQA += [rf"{wording}_(template|\d+-\d+)\.jsonl" for wording in ("out", "in")]
 
 
 def is_surgvivqa(data: Path) -> bool:
     """Has the folder SurgViVQA's own files? Ends where there are others beside them."""
-    found = any((data / name).is_file() for name in SURGVIVQA.values())
+    found = any(re.fullmatch("|".join(SURGVIVQA), path.name) for path in data.glob("*.jsonl"))
     if found:
         refuse_beside(data, "SurgViVQA's own files")
     return found
 
 
-def surgvivqa(data: Path):
+def surgvivqa(data: Path, media: Path, known: set[str] | None):
     """Entries with IDs that are unique, frames as files, and the recording that belongs to each question."""
-    for split, name in SURGVIVQA.items():
-        if (data / name).is_file():
-            yield from surgvivqa_file(data / name, split)
+    names = sorted(path.name for path in data.glob("*.jsonl"))
+    kinds = [[name for name in names if re.fullmatch(kind, name)] for kind in SURGVIVQA]
+    read, *others = filter(None, kinds)
+    if others:
+        print(f"not read, beside {', '.join(read)}: {', '.join(name for kind in others for name in kind)}")
+    for split in (*SPLITS, None):
+        for name in read:
+            if SPLIT_NAMES.get(name.partition("_")[0]) == split:
+                yield from surgvivqa_file(data / name, split, media, known)
 
 
-def surgvivqa_file(path: Path, split: str | None = None):
-    """The entries of one of SurgViVQA's files; frames and recordings stand beside it."""
-    return each(file_entries(path, split), partial(surgvivqa_entry, path))
+def surgvivqa_file(path: Path, split: str | None, media: Path, known: set[str] | None):
+    """The entries of one of SurgViVQA's files."""
+    return each(file_entries(path, split, media, known), partial(surgvivqa_entry, path.stem, media))
 
 
-def surgvivqa_entry(file: Path, where: str, split: str | None, entry: dict):
-    """SurgViVQA counts IDs from one in each of its videos, and names recordings by them alone."""
-    refuse_misspelt(entry, SURGVIVQA_FIELDS)
+def surgvivqa_entry(file: str, media: Path, where: str, split: str | None, entry: dict):
+    """SurgViVQA counts IDs from one in each of its videos, and asks each question in two wordings, in_ and out_."""
     if any(entry.get(key) in (None, "") for key in ("id", "video_id")):
         raise ValueError("no id or no video_id, by which SurgViVQA's files name recordings and frames")
-    data, name, video, frames = file.parent, entry["id"], entry["video_id"], entry.get("frames")
+    name, video, frames = entry["id"], entry["video_id"], entry.get("frames")
     found = {**entry, "id": f"{video}/{name}"}
     if isinstance(frames, list) and all(isinstance(frame, str) and frame for frame in frames):  # else refused later
-        found["frames"] = [with_suffix(data, f"frames/{video}/{frame}", videos.FRAMES) for frame in frames]
+        named = [(f"frames/{video}/{frame}", f"frames/{video}/{frame.rpartition('_')[2]}") for frame in frames]
+        found["frames"] = [with_suffix(media, names, videos.FRAMES) for names in named]
     if entry.get("audio") in (None, ""):
-        folders = [f"audio/{file.stem.partition('_')[0]}", f"audio/{file.stem}"]
-        folder = next((folder for folder in folders if (data / folder).is_dir()), folders[0])
-        found["audio"] = with_suffix(data, f"{folder}/{name}", sound.FILES)
+        wording = "in" if file.startswith("in_") else "out"
+        folders = [f"audio/{folder}" for folder in (f"{wording}_{video}", video, file.partition("_")[0], file)]
+        folder = next((folder for folder in folders if os.path.isdir(media / folder)), folders[0])
+        found["audio"] = with_suffix(media, [f"{folder}/{name}", f"audio/{name}"], sound.FILES)
     yield where, split, found
 
 
-def with_suffix(data: Path, name: str, suffixes: tuple[str, ...]) -> str:
-    """The name with whichever of the suffixes the file has, if any; with the first where there is no such file."""
-    places = [*(name + suffix for suffix in (*suffixes, *map(str.upper, suffixes))), name]
-    return first_existing(data, places)
+def with_suffix(media: Path, names: Iterable[str], suffixes: tuple[str, ...]) -> str:
+    """The first of these names that is a file with one of the suffixes; where none is, the first, with the first."""
+    endings = (*suffixes, *map(str.upper, suffixes), "")
+    return first_existing(media, [name + ending for name in names for ending in endings])
 
 
-# ---- UMBRELLA: {train,validation,test}/**/*.json, a conversation a file; or its conversations as JSON lines ----
-
-UMBRELLA = {"train": "train", "val": "validation", "test": "test"}  # split -> its folder
+# ---- UMBRELLA: {train,validation,test}/**/*.json, a conversation a file; or {train,…}_conversations.jsonl ----
 
 
-def is_umbrella(data: Path) -> bool:
-    """Has the folder UMBRELLA's own folders of conversations? Ends where other files lie beside them."""
-    found = any(conversations_in(data / name) for name in UMBRELLA.values())
-    if found:
-        refuse_beside(data, "UMBRELLA's folders")
-    if found and (data / "val").is_dir():
-        raise SystemExit(f"--data {data}: val/ would not be read; UMBRELLA calls it validation, rename it")
-    return found
+def umbrella_folders(data: Path) -> dict[str, str]:
+    """{split: its folder of conversations}, none where there are no such. Ends where other files lie beside them."""
+    named = [(split, name) for split in SPLITS for name in SPLIT_NAMES if SPLIT_NAMES[name] == split]
+    named = [(split, name) for split, name in named if (data / name).is_dir()]
+    if not any(conversations_in(data / name) for _, name in named):
+        return {}
+    refuse_beside(data, "UMBRELLA's folders")
+    if len(dict(named)) < len(named):
+        raise SystemExit(f"--data {data}: one folder a split, not {', '.join(name for _, name in named)}")
+    return dict(named)
 
 
 def conversations_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".json")
 
 
-def umbrella(data: Path, supervise: str):
+def umbrella(data: Path, media: Path, supervise: str):
     """An entry for each supervised answer of UMBRELLA's conversations, or of plain questions (see turns.umbrella)."""
-    found = umbrella_files(data) if is_umbrella(data) else files(data)
-    return each(found, partial(turns.umbrella, data, supervise=supervise))
+    return each(umbrella_entries(data, media, turns.FIELDS), partial(turns.umbrella, media, supervise=supervise))
 
 
-def umbrella_files(data: Path):
+def umbrella_entries(data: Path, media: Path, known: set[str] | None):
+    """The entries of UMBRELLA's own folders; where there are none, of files."""
+    folders = umbrella_folders(data)
+    found = each(umbrella_files(data, folders), partial(read_entry, media, known))
+    return found if folders else files(data, media, known)
+
+
+def umbrella_files(data: Path, folders: dict[str, str]):
     """UMBRELLA's own folders: a conversation a file, whose ID is its path."""
-    for split, name in UMBRELLA.items():
+    for split, name in folders.items():
         paths = conversations_in(data / name)
-        if (data / name).is_dir() and not paths:
-            yield name, split, Problem(name, None, "the folder holds no .json files")
+        if not paths:
+            text = "the folder holds no .json files; complete it, or remove it"
+            yield name, split, Problem(name, None, text, fatal=True)
         for path in paths:
-            where = str(path.relative_to(data))
+            where = str(path.relative_to(data)).encode("utf-8", "backslashreplace").decode()
             try:
                 entry = read_json(path)
                 if not isinstance(entry, dict):
@@ -205,21 +248,23 @@ def umbrella_files(data: Path):
 # ---- Any of them ----
 
 
-def entries(path: Path, endovis_choice: str | None = None):
-    """The entries of a data folder in whichever layout it has, or of one .jsonl or .json file, whose split is None."""
+def entries(path: Path, media: Path, endovis_choice: str | None = None):
+    """The entries of a data folder in whichever layout it has, or of one file, whose split is None if it names none."""
     if not path.is_dir():
-        found = surgvivqa_file(path) if path.name in SURGVIVQA.values() else file_entries(path)
-        return each(found, partial(any_kind, path.parent))
-    if is_endovis(path):
-        return endovis(path, endovis_choice)
-    if is_surgvivqa(path):
-        return surgvivqa(path)
-    lines = any(path.glob("train.json*"))  # then folders of .json files are something else
-    return each(umbrella_files(path) if not lines and is_umbrella(path) else files(path), partial(any_kind, path))
+        own = any(re.fullmatch(kind, path.name) for kind in SURGVIVQA)
+        found = surgvivqa_file(path, None, media, None) if own else file_entries(path, None, media, None)
+    elif is_endovis(path):
+        return endovis(path, media, endovis_choice)
+    elif is_surgvivqa(path):
+        return surgvivqa(path, media, None)
+    else:
+        lines = any(path.glob("train.json*"))  # then folders of .json files are something else
+        found = (files if lines else umbrella_entries)(path, media, None)
+    return each(found, partial(any_kind, media))
 
 
-def any_kind(data: Path, where: str, split: str | None, entry: dict):
+def any_kind(media: Path, where: str, split: str | None, entry: dict):
     """The entries that UMBRELLA's or LLaVA's conversation is, whichever it is."""
     if entry.keys() & {"volume", "images"}:
-        return turns.umbrella(data, where, split, entry, "all")
+        return turns.umbrella(media, where, split, entry, "all")
     return turns.llava(where, split, entry, *(("<image>", None) if "image" in entry else ("<video>", "video")))

@@ -36,7 +36,7 @@ def losses(model, tree: common.Prompt, task: Task, example, run) -> tuple[float,
 def own_media(vlm, batch: dict, task: Task, tree, example, run) -> tuple[dict, list[int]]:
     """What the model's own forward takes of the media, and the placeholders that it has no features for."""
     takes = inspect.signature(vlm.forward).parameters
-    read = task.read_media(Path(run.args.data), [tree])
+    read = task.read_media(Path(run.args.media_root), [tree])
     media = {name: batch[name] for name in read if name in takes}
     placeholders = [token_id for token_id, count in task.placeholders(example).items() if count]
     if not media:

@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from inputs import images
-from inputs.files import SPLITS, read_jsonl
-from inputs.task import Example, collect, named, split_of
+from inputs.files import SPLITS
+from inputs.task import Example, as_text, collect, named, split_of
+from inputs.texts import read_jsonl, tidy
 from report.scoring import ARTICLE, OPTION_LABEL, normalise, says_nothing
 
 WH_WORD = r"\b(?:what|which|who|whose|where|why|how)\b"
@@ -125,43 +126,35 @@ def listed_options(sentence):
 
 
 def fields(entry: dict, unasked: str | None = None) -> dict:
-    """question, answer, question_type and candidates of an entry, the last two inferred where it does not say.
+    """question, answer, question_type and candidates of an entry, the last two `inferred` where it does not say.
 
     With `unasked` the question may be empty: that is then its type, unless the entry names one. Raises ValueError
-    where question or answer is empty, or a type or candidates are given that are none. An answer that is none of the
-    candidates is no fault (see scoring.answerable): left out, such examples would raise the accuracy.
+    where question or answer is empty or no text, or a type or candidates are given that are none. An answer that is
+    none of the candidates is no fault (see scoring.answerable): left out, such examples would raise the accuracy.
     """
-    question, answer = entry.get("question"), entry.get("answer")
-    asked = isinstance(question, str) and question.strip()
-    if not asked and (unasked is None or question):
+    question, answer, kind = (named(entry, key, "").strip() for key in ("question", "answer", "question_type"))
+    if not question and (unasked is None or entry.get("question")):
         raise ValueError("the question is empty")
-    if answer is None or says_nothing(answer):
-        raise ValueError(f"the answer is empty ({answer!r}); leave the example out (--skip-bad)")
-    kind, candidates = entry.get("question_type"), entry.get("answer_candidates")
-    if kind is None or (not asked and not kind):
-        kind = question_type(question) if asked else unasked
-    if not isinstance(kind, str) or not kind.strip():
-        raise ValueError(f"question_type must be a text: {kind!r}")
-    usual = re.sub(r"\W+", "_", kind.strip().lower())  # "Yes/No" would be a type of its own, without candidates
+    if says_nothing(answer):
+        raise ValueError(f"the answer is empty ({entry.get('answer')!r}); leave the example out (--skip-bad)")
+    kind = kind or (question_type(question) if question else unasked)
+    usual = re.sub(r"\W+", "_", kind.lower())  # "Yes/No" would be a type of its own, without candidates
     if kind != usual and usual in TYPES:
         raise ValueError(f"question_type {kind!r}: spell it {usual!r}")
-    given = [] if candidates is None else candidates
-    if not isinstance(given, list) or not all(isinstance(text, str) and text.strip() for text in given):
-        raise ValueError(f"answer_candidates must be a list of texts, none empty: {candidates!r}")
-    question = question.strip() if asked else ""
-    found = {"question": question, "answer": str(answer).strip(), "question_type": kind}
-    return found | {"candidates": candidates or answer_candidates(question, kind)}
+    given = entry.get("answer_candidates") or []
+    texts = [as_text(text, "each of answer_candidates").strip() for text in given] if isinstance(given, list) else [""]
+    if not all(texts):
+        raise ValueError(f"answer_candidates must be a list of texts, none empty: {given!r}")
+    found = {"question": question, "answer": answer, "question_type": kind, "inferred": not texts}
+    return found | {"candidates": texts or answer_candidates(question, kind)}
 
 
 def composed(entry: dict) -> dict:
     """The entry with accents composed (NFC), so that a word has one spelling. Not for the names of files.
 
-    Qwen2's tokenizer composes them itself: what is supervised must equal what is asked for. Raises ValueError where a
-    text holds half a character.
+    Qwen2's tokenizer composes them itself: what is supervised must equal what is asked for.
     """
-    entry = json.loads(unicodedata.normalize("NFC", json.dumps(entry, ensure_ascii=False)))
-    json.dumps(entry, ensure_ascii=False).encode()
-    return entry
+    return json.loads(unicodedata.normalize("NFC", json.dumps(entry, ensure_ascii=False)))
 
 
 def allow_training_answers(examples: list[Example]) -> None:
@@ -169,7 +162,8 @@ def allow_training_answers(examples: list[Example]) -> None:
 
     A color may be any that training answers. A yes_no question or an mcq may also be answered by what training answers
     to its very words: to "Have all polyps been removed?" that may be "not relevant". Training's spelling of an answer,
-    such as "Yes", takes the place of ours: it is what the model was trained on.
+    such as "Yes", takes the place of ours: it is what the model was trained on. So does the form in which it mostly
+    answers labelled options, such as their letters.
     """
     short = functools.cache(normalise)  # the same few answers over and over
     training = [example for example in examples if example.split == "train"]
@@ -178,17 +172,31 @@ def allow_training_answers(examples: list[Example]) -> None:
     for example in training:
         answers[example.question.lower()][example.answer] = None
         spellings[example.question_type, short(example.answer)][example.answer] += 1
+    usual = Counter()
+    for example in training:
+        usual.update(
+            form for form, texts in option_forms(example).items() if short(example.answer) in map(short, texts)
+        )
+    form = usual.most_common(1)[0][0] if usual else "text"
     for example in examples:
         if example.inferred and example.question_type in ("yes_no", "color", "mcq"):
             known = colors if example.question_type == "color" else answers[example.question.lower()]
             allowed = {}  # normalised -> as training spells it most often, or as it is
-            for answer in [*(example.candidates or []), *known]:
+            for answer in [*(option_forms(example)[form] or example.candidates or []), *known]:
                 spelled = spellings.get((example.question_type, short(answer)), Counter([answer]))
                 allowed.setdefault(short(answer), spelled.most_common(1)[0][0])
             if example.candidates or example.question_type == "color":  # an mcq of unknown options stays free
                 example.candidates = list(allowed.values()) or None
     if not training:
         print("no training examples: color questions are answered freely, others by yes, no or their options alone")
+
+
+def option_forms(example: Example) -> dict[str, list[str]]:
+    """The labelled options of an mcq in each form: {"text": ["red", …], "letter": ["A", …], "both": ["A) red", …]}."""
+    options = (labelled_options(example.question) if example.question_type == "mcq" else None) or []
+    letters = list("ABCDEFGH"[: len(options)])
+    both = [f"{letter}) {text}" for letter, text in zip(letters, options, strict=True)]
+    return {"text": options, "letter": letters, "both": both}
 
 
 # ---- python -m inputs.questions IN OUT ----
@@ -219,13 +227,15 @@ def write_types(source: Path, target: Path) -> None:
         if where in found:
             known = {"question_type": found[where].question_type, "answer_candidates": found[where].candidates}
             entry |= {name: value for name, value in known.items() if value and not entry.get(name)}
-    target.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in entries), encoding="utf-8")
+    lines = [json.dumps(entry, ensure_ascii=where not in found) for where, entry in entries]
+    target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     counts = Counter(example.question_type for example in own).most_common()
     print(f"{target}: {len(entries)} examples; {', '.join(f'{n} {kind}' for kind, n in counts)}")
 
 
 def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """An entry's question and answer, in the split that its image or group is in."""
+    entry = tidy(data, entry)
     image = images.named(data, entry)
     group = named(entry, "group", image)
     return Example(
@@ -234,7 +244,6 @@ def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:
         id=named(entry, "id", where),
         group=group,
         media=[image],
-        inferred=entry.get("answer_candidates") is None,
         **fields(composed(entry)),
     )
 

@@ -4,7 +4,8 @@ import re
 from collections import defaultdict
 from itertools import groupby
 
-from inputs.task import Problem
+from inputs.task import Example, Problem
+from report import scoring
 
 WIDTH = 160  # characters of a line of tokens
 LONGEST = 200  # characters of any line; check.json holds the complete text
@@ -52,14 +53,24 @@ def print_supervised(tokenizer, tree) -> None:
     print(f"example {name}: {length} tokens, supervised {where}; masked {1 - len(places) / length:.1%}")
 
 
-def print_faults(problems: list[Problem]) -> None:
+def print_unanswerable(examples: list[Example]) -> None:
+    """A line where more than a twentieth of the answers to questions with candidates are none of these."""
+    limited = [example for example in examples if example.candidates]
+    wrong = [example for example in limited if not scoring.answerable(example)]
+    if 20 * len(wrong) > len(limited):
+        first, text = wrong[0], f"{len(wrong)} of {len(limited)} answers are none of their allowed ones"
+        text += f"; give or correct answer_candidates: {first.answer!r} ({first.where}, {first.question_type})"
+        print(shorten(f"{text} is none of {', '.join(first.candidates)}"))
+
+
+def print_faults(problems: list[Problem], word: str = "fault") -> None:
     """A line a cause: its first example, how many there are, and where two more stand; check.json lists them all."""
     causes = defaultdict(list)
     for problem in problems:
         causes[cause(problem.text)].append(problem)
     for part in causes.values():
         first, others = part[0], [problem.where for problem in part[1:3]]
-        more = f"fault ({len(part)} such, also {' and '.join(others)}): " if others else "fault: "
+        more = f"{word} ({len(part)} such, also {' and '.join(others)}): " if others else f"{word}: "
         print(shorten(f"{more}{first}"))
 
 

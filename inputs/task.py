@@ -11,6 +11,8 @@ import torch
 import common
 from report import scoring
 
+SPLITS = ("train", "val", "test")
+
 
 @dataclass
 class Problem:
@@ -19,10 +21,13 @@ class Problem:
     where: str
     id: str | None
     text: str
-    split: str | None = None  # where it is known; set by `collect`
+    split: str | None = None  # where it is known; set by `collect`, as
+    kind: str | None = None  # the question type, where the entry names it
+    fatal: bool = False  # a file that cannot be read: nobody knows how many examples would be left out
 
     def __str__(self):
-        return f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.text}"
+        text = f"{self.where}{f' (id {self.id})' if self.id else ''}: {self.text}"
+        return text.encode("utf-8", "backslashreplace").decode()  # the name of a file may be none of UTF-8
 
 
 @dataclass(kw_only=True)
@@ -42,6 +47,9 @@ class Example:
     also_right: list[str] = field(default_factory=list)  # the same answer in other forms
     inferred: bool = False  # the candidates are not the data's own
     groups: list[str] = field(default_factory=list)  # all that it belongs to, where these are several
+    grouped: str | None = "group"  # the field that names the group; None where the medium stands in for it
+    unread: list[str] = field(default_factory=list)  # fields of its entry that are not read
+    notice: str | None = None  # what the check says of it, though it may be no fault
 
     def __post_init__(self):
         self.groups = self.groups or [self.group]
@@ -53,8 +61,22 @@ class Example:
 
 
 def named(entry: dict, key: str, otherwise):
-    """A field of an entry as text, or `otherwise` where it is missing or empty."""
-    return otherwise if entry.get(key) in (None, "") else str(entry[key])
+    """A field of an entry as text, or `otherwise` where it is missing or empty. Raises ValueError (see as_text)."""
+    return otherwise if entry.get(key) in (None, "") else as_text(entry[key], key)
+
+
+def as_text(value, what: str) -> str:
+    """A value of the data as a text, a number as it is written. Raises ValueError that says what to write instead."""
+    if isinstance(value, str) or type(value) in (int, float):
+        return str(value)
+    parts = value if isinstance(value, list) else [value]
+    parts = ["yes" if part is True else "no" if part is False else part for part in parts]
+    clear = len(parts) == 1 or (parts and "answer" in what)  # a set of answers
+    clear = clear and all(isinstance(part, str | int | float) for part in parts)
+    remedy = json.dumps(";".join(map(str, parts)), ensure_ascii=False) if clear else "a single text"
+    kind = {list: "list", dict: "object", bool: "boolean"}.get(type(value), "value")
+    shown = json.dumps(value, ensure_ascii=False).replace("'", "\\u0027")
+    raise ValueError(f"{what} must be a text, not the {kind} '{shown}'; write {remedy}")
 
 
 def split_of(group: str) -> str:
@@ -71,9 +93,13 @@ def collect(entries: Iterable[tuple], make: Callable) -> tuple[list, list[Proble
             problems.append(replace(entry, split=split))
             continue
         try:
-            examples.append(make(where, split, entry))
+            example = make(where, split, entry)
+            example.grouped, example.unread = entry.get("grouped", "group"), entry.get("unread", [])
+            example.groups += [entry["second_group"]] if "second_group" in entry else []
+            examples.append(example)
         except ValueError as error:
-            problems.append(Problem(where, entry.get("id"), str(error), split))
+            kind = entry.get("question_type")
+            problems.append(Problem(where, entry.get("id"), str(error), split, kind if isinstance(kind, str) else None))
     return examples, problems
 
 
@@ -81,9 +107,15 @@ def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Pr
     """What --only-ids and --limit leave of the examples, and the problems but for those of examples left out.
 
     A second function beside `collect`, because whatever must see all examples stands between the two. An ID that is
-    used twice among those chosen is a problem, too.
+    used twice in a split is a problem, too; one that an earlier split has gets its split's name: "test/7".
     """
-    chosen = examples
+    chosen, earlier = examples, set()
+    for split in SPLITS:
+        part = [example for example in chosen if example.split == split]
+        names = {example.id for example in part}
+        for example in part:
+            example.id = f"{split}/{example.id}" if example.id in earlier else example.id
+        earlier |= names
     if args.only_ids:
         ids = read_ids(args.only_ids)
         unknown = sorted(ids - {example.id for example in chosen if example.split == "train"})
@@ -92,12 +124,12 @@ def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Pr
             raise SystemExit(f"--only-ids {args.only_ids}: {text}; give IDs of this data")
         chosen = [example for example in chosen if example.split != "train" or example.id in ids]
     if args.limit:
-        splits = [[example for example in chosen if example.split == split] for split in ("train", "val", "test")]
+        splits = [[example for example in chosen if example.split == split] for split in SPLITS]
         chosen = [example for part in splits for example in part[: args.limit]]
     left_out = {example.where for example in examples} - {example.where for example in chosen}
     problems, first = [problem for problem in problems if problem.where not in left_out], {}
     for example in chosen:
-        other = first.setdefault(example.id, example.where)
+        other = first.setdefault((example.split, example.id), example.where)
         if other != example.where:
             problems.append(Problem(example.where, example.id, f"duplicate ID, first used at {other}; make it unique"))
     return chosen, problems
@@ -106,7 +138,7 @@ def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Pr
 def read_ids(path: str) -> set[str]:
     """Example IDs from a file: a line an ID, or a line of JSON with "ids", as in metrics.jsonl and bad_steps.jsonl."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
         ids = [name for line in lines if line for name in (json.loads(line)["ids"] if line[0] == "{" else [line])]
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"--only-ids {path}: neither a line an ID nor lines of JSON with ids ({error!r})") from None
@@ -126,7 +158,8 @@ class Task:
         placeholders(example)       {placeholder's ID: how many the prefix must hold}; an ID None is the checkpoint's
                                     fault, listed already. Texts of the data may not contain these tokens
         measure(data, name)         opens a file of data/ completely; returns, JSON-like, what its tokens are counted
-                                    from. Raises ValueError that names the file. Afterwards in self.measured[name]
+                                    from, afterwards in self.measured[name], and a digest of what it shows, by which
+                                    splits are compared (inputs/content.py). Raises ValueError that names the file
         read_media(data, trees)     {name: tensor} of prompt trees' media, in the order of the packed sequence; the
                                     model takes it as `batch[name]`. Runs in worker processes: it draws nothing
 
@@ -143,7 +176,7 @@ class Task:
     and has
         args, tokenizer             the settings, as parsed; the tokenizer with every token registered
         processor                   the image processor, saved beside merged weights; None where there is none
-        measured                    {file: what `measure` returned}, once the data check has opened all
+        measured                    {file: what its tokens are counted from}, once the data check has opened all
         max_positions               of the language model, where more would be an error; None: not limited
         faults                      Problems of the checkpoint's own files, listed by the data check: fault(where, text)
         report                      what was found in them: JSON-like, for check.json and results.json

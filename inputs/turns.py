@@ -1,22 +1,42 @@
 """Conversations as they are published: LLaVA's turns and UMBRELLA's, taken apart into an entry for each answer."""
 
-import difflib
-import re
 from pathlib import Path
 
-from inputs import files
-from inputs.task import named, split_of
+from inputs import files, numbered
+from inputs.task import as_text, named, split_of
 from inputs.volumes import Volume
 
-VOLUMES = (".nii", ".nii.gz", ".npy", ".npz")
+VOLUMES = (".nii", ".nii.gz", ".img", ".mgz", ".mgh", ".npy", ".npz")
 
 
-def refuse_misspelt(entry: dict, known: set[str]) -> None:
-    """Raise ValueError on an unknown field that is spelt like a known one, which would be ignored silently."""
-    for name in entry.keys() - known:
-        close = difflib.get_close_matches(name, known - entry.keys(), n=1, cutoff=0.8)
-        if close:
-            raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
+# --- "messages": [{"role": "user", "content": "<image>\nWhat?" or [{"type": "image"}, …]}, …], "images": ["a.jpg"]
+
+
+def messages(entry: dict) -> dict:
+    """The entry, its "messages" as LLaVA's conversations, and the only medium in them named. Raises ValueError."""
+    if not entry.get("messages"):
+        return entry
+    entry, turns, roles = dict(entry), [], {"user": "human", "assistant": "gpt"}
+    media = {kind: [entry.get(kind), *(entry.pop(f"{kind}s", None) or [])] for kind in ("image", "video")}
+    for turn in entry.pop("messages"):
+        content, said = turn["content"], ""
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            kind = part.get("type")
+            if turn["role"] == "system" or kind not in ("text", *media):
+                what = "a system text" if turn["role"] == "system" else f"a part of the kind {kind!r}"
+                raise ValueError(f"{what} changes what is asked, but is not read; remove it, or write it otherwise")
+            if kind in media:
+                media[kind].append(part.get(kind))
+            said += f"<{kind}>" if kind in media else part["text"]
+        turns.append({**turn, "from": roles.get(turn["role"]), "value": said})
+    for kind, shown in media.items():
+        names = {name["path"] if isinstance(name, dict) else name for name in shown if name}
+        if len(names) > 1:
+            raise ValueError(f"{len(names)} {kind}s of one conversation; one is read, so keep one")
+        for entry[kind] in names:  # a conversation without a mark shows it first
+            if f"<{kind}>" not in turns[0]["value"]:
+                turns[0]["value"] = f"<{kind}>{turns[0]['value']}"
+    return entry | {"conversations": turns}
 
 
 # --- LLaVA: "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A polyp."}]
@@ -27,25 +47,31 @@ def llava(where: str, split: str | None, entry: dict, mark: str, field: str | No
 
     An entry without conversations stays as it is. The first turn must hold `mark` once; with `field`, where the entry
     has that, and not otherwise. Wherever the mark stands, the media go first, as in LLaVA's own training. Of several
-    answers IDs are numbered.
+    answers IDs are numbered. LLaVA-ST's pictures are videos of one frame.
     """
-    if "conversations" not in entry:
-        refuse_history(entry)
-        yield where, split, entry
+    if field and named(entry, "image", None) and not named(entry, field, None):
+        entry, mark = {**entry, field: entry["image"]}, "<image>"
+    if entry.get("conversations") is None:
+        yield where, split, with_history(entry)
         return
-    turns = entry["conversations"] if isinstance(entry["conversations"], list) else [entry["conversations"]]
+    if any(entry.get(name) not in (None, "", []) for name in ("question", "answer", "history")):
+        raise ValueError("question, answer or history beside conversations, of which one would not be read; keep one")
+    turns = entry["conversations"]
     roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"turns must alternate human, gpt; there are {roles}")
-    texts = ["" if turn.get("value") is None else turn["value"] for turn in turns]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a turn's value must be a text: {next(t for t in texts if not isinstance(t, str))!r}")
-    refuse_misspelt(entry, {field} if field else set())
+    said = {"human": "the question's value", "gpt": "the answer's value"}
+    texts = ["" if turn.get("value") is None else as_text(turn["value"], said[turn["from"]]) for turn in turns]
     if texts[0].count(mark) != (named(entry, field, None) is not None if field else 1):
         due = f" where the entry names a {field}, and not otherwise" if field else ""
         raise ValueError(f"the first turn must hold {mark} once{due}")
     texts = [text.replace(mark, "") if i == 0 else text for i, text in enumerate(texts)]
     history, several = [], len(texts) > 2
+    if several and entry.get("answer_candidates"):
+        text = "answer_candidates are those of one question, but there are several"
+        raise ValueError(f"{text}: write an entry for each, with the turns before it as its history")
+    if not all(text.strip() for text in texts[2::2]):
+        raise ValueError("a later question is empty; write it, or leave the turns from there on out")
     for number, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
         found = {key: value for key, value in entry.items() if key != "conversations"}
         found |= {"question": question, "answer": answer, "history": list(history)}
@@ -58,12 +84,13 @@ def llava(where: str, split: str | None, entry: dict, mark: str, field: str | No
         history.append((question.strip(), answer.strip()))
 
 
-def refuse_history(entry: dict) -> None:
-    """Raise ValueError unless an entry's `history`, where it has one, is a list of questions with their answers."""
+def with_history(entry: dict) -> dict:
+    """The entry, the questions and answers of its `history`, where it has one, as texts. Raises ValueError."""
     history = entry.get("history") or []
-    turns = history if isinstance(history, list) else [history]
-    if not all(isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str] for turn in turns):
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise ValueError(f"history must be a list of [question, answer]: {history!r}")
+    turns = [tuple(as_text(text, "each text of history").strip() for text in turn) for turn in history]
+    return {**entry, "history": turns} if turns else entry
 
 
 # --- UMBRELLA: "images": [{"path", "modality"}], "conversations": [{"role": "user", "content": [{"type": "image"}, …]}]
@@ -78,7 +105,6 @@ def umbrella(data: Path, where: str, split: str | None, entry: dict, supervise: 
     An entry has id, groups, volumes, turns (what comes before the answer, as a chat template reads it), question (the
     last of it), answer, question_type, answer_candidates, metadata. Raises ValueError.
     """
-    refuse_misspelt(entry, FIELDS)
     groups = subjects(entry)
     split = split or split_of(groups[0])
     turns, volumes = read_turns(data, entry)
@@ -103,6 +129,7 @@ def umbrella(data: Path, where: str, split: str | None, entry: dict, supervise: 
             "question_type": task,
             "answer_candidates": entry.get("answer_candidates"),
             "metadata": entry.get("metadata"),
+            "unread": entry.get("unread", []),
         }
         if i < last:  # an acknowledgement, say: a task of its own, without labels
             found |= {"id": f"{name} turn {i}", "question_type": f"{task or 'conversation'} turn {i}"}
@@ -112,8 +139,12 @@ def umbrella(data: Path, where: str, split: str | None, entry: dict, supervise: 
 
 def subjects(entry: dict) -> list[str]:
     """The subjects that a conversation shows, each once."""
-    groups = entry.get("subject_ids") or [entry.get("group")]
-    if groups == [None]:
+    groups = entry.get("subject_ids") or []
+    if isinstance(groups, list) and entry.get("group") and not (groups and entry.get("grouped") == "group"):
+        groups = [*groups, entry["group"]]  # also a patient_id; but beside subjects "group" is a diagnosis or a site
+    if isinstance(groups, list) and entry.get("second_group"):
+        groups = [*groups, entry["second_group"]]
+    if groups == []:
         raise ValueError("no subject_ids and no group: the scans of one subject must not be in two splits, so name it")
     if not isinstance(groups, list) or not all(type(group) in (str, int) and group != "" for group in groups):
         raise ValueError(f"subject_ids must be a list of names (or group one name): {groups!r}")
@@ -125,8 +156,8 @@ def read_turns(data: Path, entry: dict) -> tuple[list[dict], list[Volume]]:
     images, turns = entry.get("images", []), entry.get("conversations")
     if turns is None:  # a question with its volume or volumes
         images = [entry] if "volume" in entry else images
-        asked = [*({"type": "image"} for _ in images), {"type": "text", "text": entry.get("question")}]
-        answered = [{"type": "text", "text": "" if entry.get("answer") is None else str(entry["answer"])}]
+        asked = [*({"type": "image"} for _ in images), {"type": "text", "text": named(entry, "question", "")}]
+        answered = [{"type": "text", "text": named(entry, "answer", "")}]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise ValueError(f"images must be a list of objects with path and modality: {images!r}")
@@ -147,15 +178,18 @@ def read_turns(data: Path, entry: dict) -> tuple[list[dict], list[Volume]]:
 
 def read_parts(role: str, content) -> list[dict]:
     """The parts of a turn, texts stripped. Raises ValueError where it holds anything but text and a user's images."""
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    content = [{"type": "text", "text": content}] if isinstance(content, str | int | float) else content
     kinds = [part.get("type") if isinstance(part, dict) else None for part in content or []]
     if not kinds or not set(kinds) <= {"text", "image"} or (role != "user" and "image" in kinds):
         raise ValueError(f"the {role}'s turn holds {kinds}, not text (or of the user, images)")
-    texts = [part.get("text") for part in content if part["type"] == "text"]
-    if not all(isinstance(text, str) and text.strip() for text in texts) or (role == "user" and not texts):
+    said = f"the {'answer' if role == 'assistant' else role}'s text"
+    content = [
+        part | ({"text": as_text(part.get("text"), said).strip()} if part["type"] == "text" else {}) for part in content
+    ]
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    if not all(texts) or (role == "user" and not texts):
         raise ValueError(f"the {role}'s text is empty: {texts}")
-    "".join(texts).encode()  # or it holds half a character, of which a tokenizer would make nothing
-    return [part | ({"text": part["text"].strip()} if "text" in part else {}) for part in content]
+    return content
 
 
 def volume(data: Path, image: dict) -> Volume:
@@ -163,13 +197,16 @@ def volume(data: Path, image: dict) -> Volume:
     path, modality = image.get("path", image.get("volume")), image.get("modality")
     if not isinstance(path, str) or not path or not isinstance(modality, str):
         raise ValueError(f"a volume needs a path and a modality: {path!r}, {modality!r}")
-    frames = files.listed(data, path)
-    frames = [path] if frames is None else frames
-    wrong = [name for name in frames if not name.endswith(VOLUMES)]
-    if wrong or not frames:
-        raise ValueError(f"{wrong[0] if wrong else path + ', an empty folder,'} is none of {', '.join(VOLUMES)}")
-    numbers = [[int(n) for n in re.findall(r"\d+", Path(name).name)] for name in frames]
-    counting = [set(column) for column in zip(*numbers, strict=False) if len(set(column)) == len(frames)]
-    if len(frames) > 1 and any(max(column) - min(column) >= len(frames) for column in counting):
-        raise ValueError(f"{path}: of its {len(frames)} frames some are missing, {frames[0]} to {frames[-1]}")
+    found = files.listed(data, path)
+    frames = [path] if found is None else [name for name in found if not name.lower().endswith(".hdr")]  # with its .img
+    empty = None if frames else f"{path}, an empty folder,"
+    wrong = next((name for name in frames if not name.lower().endswith(VOLUMES)), empty)
+    if wrong:
+        text = "; write the tensor as .npy: np.save(name, torch.load(file, weights_only=True).float().numpy())"
+        raise ValueError(f"{wrong} is none of {', '.join(VOLUMES)}{text if wrong.endswith('.pt') else ''}")
+    other = next((name for name in frames[1:] if not numbered.numbers([frames[0], name])), None)
+    if other:
+        raise ValueError(f"{frames[0]} and {other} are not alike but for a number; move what is no frame elsewhere")
+    if gap := numbered.uneven(tuple(frames)):
+        raise ValueError(f"{gap}; restore them, or number those that are there anew")
     return Volume(modality, tuple(frames))

@@ -2,15 +2,19 @@
 a folder of frames, an animation, an array, or a single picture.
 """
 
+import operator
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from inputs.files import file_sha256, inside, listed
-from inputs.images import MAX_PIXELS, MODES
+from inputs import content, numbered
+from inputs.files import array_header, file_sha256, inside, listed
+from inputs.images import MAX_PIXELS, refuse_unreadable, to_rgb
 
 FRAMES = (".jpg", ".jpeg", ".png")
 FILES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
@@ -37,19 +41,34 @@ def frames(entry: dict) -> list[str]:
         raise ValueError(f"frame_numbers must be an integer for each of the {len(names)} frames: {numbers!r}")
     if numbers is not None and numbers != sorted(numbers):
         raise ValueError(f"frame_numbers {numbers} are not in the order of time: motion would be wrong")
+    own = numbered.numbers(names)  # of each frame those in its name
+    if own != sorted(own):
+        i = next(i for i, (one, other) in enumerate(pairwise(own)) if one > other)
+        raise ValueError(f"frames name {names[i]} before {names[i + 1]}: motion would be wrong; put them in order")
+    same = max((sum(map(operator.eq, column, numbers or [])) for column in zip(*own, strict=True)), default=0)
+    if len(names) > same > len(names) / 2:  # frames may be named by another count, but then hardly any agrees
+        raise ValueError(f"frame_numbers {numbers} are not those of {names}; correct them, or leave them out")
     if not all(name.lower().endswith(FRAMES) for name in names):
         raise ValueError(f"frames must be files ending in {', '.join(FRAMES)}: {names}")
     return names
 
 
-def find(data: Path, video: str, fast: int, slow: int) -> tuple[list[str], int | None]:
-    """([its file], None), or of a folder (the frames that are read, how many it holds): frame_2 before frame_10."""
+def find(data: Path, video: str, fast: int, slow: int) -> tuple[list[str], int | None, str | None]:
+    """([its file], None, None); of a folder the frames that are read, how many it holds, and whether some are missing.
+
+    Frames are in the order of their numbers, frame_2 before frame_10.
+    """
     files = listed(data, video)
     known = FILES if files is None else FRAMES
     wrong = [name for name in ([video] if files is None else files) if not name.lower().endswith(known)]
     if wrong or files == []:
         raise ValueError(f"{wrong[0] if wrong else video + ', an empty folder,'} is none of {', '.join(known)}")
-    return ([video], None) if files is None else ([files[i] for i in choose(len(files), fast, slow)[0]], len(files))
+    if files is None:
+        return [video], None, None
+    bare = [name for name in files if not re.search(r"\d", name.rpartition("/")[2])]
+    if 0 < len(bare) < len(files):
+        raise ValueError(f"{bare[0]} has no number, as the frames beside it have; move what is no frame elsewhere")
+    return [files[i] for i in choose(len(files), fast, slow)[0]], len(files), numbered.uneven(tuple(files))
 
 
 def choose(count: int, fast: int, slow: int) -> tuple[list[int], list[int], list[int]]:
@@ -71,17 +90,23 @@ class Media(NamedTuple):
 # ---- reading them ----
 
 
-def measure(data: Path, name: str) -> tuple[int, str]:
-    """(frames, sha256) of a file, each frame decoded."""
-    return sum(1 for _ in read_frames(data, name)), file_sha256(data, name)
+def measure(data: Path, name: str) -> tuple[dict, str]:
+    """A file, each frame decoded: what is measured of it, and its content."""
+    frames, over_white = [], False
+    for frame in read_frames(data, name):
+        frames.append(content.of_picture(frame))
+        over_white |= frame.info.get("over_white", False)
+    found = {"size": frame.size, "over_white": over_white, "frames": len(frames), "sha256": file_sha256(data, name)}
+    return found, content.of_frames(frames)
 
 
 def count(files: list[str], of_folder: int | None, measured: dict) -> int:
     """The frames of a video. Raises ValueError where a frame of a folder is itself an animation."""
-    several = [name for name in files if measured[name][0] != 1]
+    several = [name for name in files if measured[name]["frames"] != 1]
     if of_folder and several:
-        raise ValueError(f"{several[0]} holds {measured[several[0]][0]} frames; in a folder each file is one")
-    return of_folder or measured[files[0]][0]
+        held = measured[several[0]]["frames"]
+        raise ValueError(f"{several[0]} holds {held} frames; in a folder each file is one")
+    return of_folder or measured[files[0]]["frames"]
 
 
 def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Image.Image]:
@@ -106,29 +131,31 @@ def read_frames(data: Path, name: str, wanted=None, largest: int = MAX_PIXELS) -
     """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
     path = inside(data, name)
     try:
-        yield from (read_array if path.suffix.lower() == ".npy" else read_animation)(path, wanted, largest)
+        yield from read_array(path, wanted) if path.suffix.lower() == ".npy" else read_animation(path, wanted, largest)
     except Exception as error:  # damaged files make a decoder raise anything
         raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from None
 
 
-def read_array(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
+def read_array(path: Path, wanted) -> Iterator[Image.Image]:
+    with path.open("rb") as file:
+        shape, kind = array_header(file, path.stat().st_size)
+    if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or 0 in shape:
+        raise ValueError(f"{kind} of shape {shape}, not uint8 (frames, height, width, 3)")
     frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or frames.size == 0:
-        raise ValueError(f"{frames.dtype} of shape {frames.shape}, not uint8 (frames, height, width, 3)")
     for i in range(len(frames)) if wanted is None else wanted:
         yield Image.fromarray(np.array(frames[i]))
 
 
 def read_animation(path: Path, wanted, largest: int) -> Iterator[Image.Image]:
     with Image.open(path, formats=["GIF", "WEBP", "PNG", "JPEG"]) as image:
-        if image.width * image.height > largest:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {largest:,}; scale it down")
-        if image.mode not in MODES:
-            raise ValueError(f"colour mode {image.mode}; convert it to RGB")
+        refuse_unreadable(image, largest)
         # an MPO holds one picture twice; an APNG may begin with what is shown where it cannot be played
         single, first = image.format in ("JPEG", "MPO"), int(getattr(image, "default_image", False))
         count = 1 if single else getattr(image, "n_frames", 1) - first
+        if count * image.width * image.height > 40 * largest:  # decoded in some twenty seconds
+            text = f"{count} frames of {image.width} x {image.height} pixels, more than {40 * largest:,} together"
+            raise ValueError(f"{text}; scale them down, or leave some out")
         for i in range(count) if wanted is None else wanted:
             image.seek(first + i)
             image.load()
-            yield ImageOps.exif_transpose(image).convert("RGB")
+            yield to_rgb(image)

@@ -29,6 +29,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="the training examples: without them there are no blind baselines")
     parser.add_argument("--synonyms", type=Path, help="answers that the audit may find right for each other, by line")
     parser.add_argument("--data", type=Path, help="data folder: the leakage check alone")
+    text = "where media are (default: beside the examples; of a run, where they were)"
+    parser.add_argument("--media-root", type=Path, metavar="DIR", help=text)
     parser.add_argument("--endovis", choices=layouts.ENDOVIS, help="the published split of --data's EndoVis-18-VQA")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.runs, args.predictions, args.data))) != 1:
@@ -47,10 +49,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_data(args: argparse.Namespace) -> None:
     """The leakage check of a data folder; exits with 1 where there are findings or faults."""
-    found, problems = examples.read(args.data, endovis=args.endovis)
+    found, problems = examples.read(args.data, endovis=args.endovis, media=args.media_root)
     for problem in problems:
         print(f"fault: {problem}")
-    result = leakage.check(args.data, found)
+    result = leakage.check(args.media_root or args.data, found)
     leakage.print_result(result)
     if args.out:
         write_json(args.out / "results.json", {"leakage": result, "faults": list(map(str, problems))})
@@ -59,14 +61,14 @@ def check_data(args: argparse.Namespace) -> None:
 
 def read_answers(args: argparse.Namespace) -> dict:
     """--predictions as a run, with the audit of the project's scorer on these examples and their leakage check."""
-    test = predictions.read_examples(args.test, "test")
-    train = predictions.read_examples(args.train, "train") if args.train else []
+    test = predictions.read_examples(args.test, "test", args.media_root)
+    train = predictions.read_examples(args.train, "train", args.media_root) if args.train else []
     run = predictions.read_predictions(args.predictions, test, train)
     synonyms = read_synonyms(args.synonyms)
     audit = audit_scorer(
         lambda prediction, example: scoring.score(prediction, example)["exact"], test + train, synonyms
     )
-    found = leakage.check(args.test.parent, train + test)
+    found = leakage.check(args.media_root or args.test.parent, train + test)
     leakage.print_result(found)
     return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}
 
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data:
         check_data(args)
     runs = [read_answers(args)] if args.predictions else [read_run(folder) for folder in dict.fromkeys(args.runs)]
+    runs = [run | ({"data": args.media_root} if args.media_root else {}) for run in runs]
     result = write.write(runs, args.out)
     write.print_result(result)
     audit = result["audit"]

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from inputs import show
+from inputs.texts import read_text
 from report.intervals import united
 from report.scoring import OPTION_LABEL, answer_label, forms
 
@@ -108,5 +109,8 @@ def read_synonyms(path: Path | None) -> list[list[str]]:
     """A line for each set of answers that mean the same, separated by tabs or |."""
     if path is None:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = read_text(path).splitlines()
+    except ValueError as error:
+        raise SystemExit(f"--synonyms {path}: {error}") from None
     return [[word.strip() for word in line.replace("|", "\t").split("\t")] for line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """What can be answered without seeing anything: the baselines that a result must beat, from training answers alone."""
 
+import functools
 import math
 from collections import Counter, defaultdict
 
@@ -8,35 +9,59 @@ import numpy as np
 from report.scoring import answer_label, normalise
 
 
-def blind_answers(train: list[tuple], asked: list[tuple]) -> list[dict[str, str | None]]:
-    """For each question what can be answered without seeing anything, {baseline: answer}, from training alone.
+def blind_answers(train: list, asked: list) -> list[dict[str, str]]:
+    """For each example asked what can be answered without seeing anything, {baseline: answer}, from training alone.
 
-    `train` are (question type, question, its right answers), `asked` (question type, question). An answer is the most
-    frequent in training to questions of the same "type"; to the same "question", in these words; to the "nearest"
-    question, whose words, each weighted by how rare it is (idf), have the highest cosine. Where that was never asked,
-    or shares no word with any, it is the type's; of a type that training does not have, the most frequent of all.
-    Of answers that are equally frequent the one that was counted first is taken. {} without training.
+    An answer is the most frequent in training to questions of the same "type"; to the same "question", in these words
+    after the same turns, or else in these words; to the "nearest" question, whose words and those of its turns, each
+    weighted by how rare it is (idf), have the highest cosine. Where that was never asked, or shares no word with any,
+    it is the question's, or the type's; of a type that training does not have, the most frequent of all. Where an
+    example has candidates, only these are guessed, the type's by the answers to it or by the place where right ones
+    stand, whichever is more frequent. Of what is equally frequent the first is taken. {} without training.
     """
     if not train:
         return [{} for _ in asked]
-    by_type, by_question = defaultdict(Counter), defaultdict(Counter)
-    everything, spelt = Counter(), defaultdict(Counter)  # "Yes" and "yes." are one answer, spelt as it mostly is
-    for kind, question, answers in train:
-        labels = [answer_label(answer) for answer in answers]
-        for counter in (by_type[kind], by_question[normalise(question)], everything):
+    label = functools.cache(answer_label)  # "Yes" and "yes." are one answer, spelt as it mostly is
+    by_type, by_text, by_question, places, spelt = (defaultdict(Counter) for _ in range(5))
+    everything = Counter()
+    for example in train:
+        # forms that answers share come first: of equally frequent ones the first is taken, and one example's own
+        # wording would be right for that example alone
+        forms = [*example.also_right, example.answer]
+        labels = list(dict.fromkeys(map(label, forms)))
+        kind, text, question = described(example)
+        for counter in (by_type[kind], by_text[text], by_question[question], everything):
             counter.update(labels)
-        for label, answer in zip(labels, answers, strict=True):
-            spelt[label][answer] += 1
-    words = {question: normalise(question) for _, question in asked}
-    similar = nearest(list(by_question), [text for text in set(words.values()) if text not in by_question])
+        places[kind].update([i for i, option in enumerate(example.candidates or ()) if label(option) in labels][:1])
+        for form in forms:
+            spelt[label(form)][form] += 1
+
+    def guess(counter: Counter, candidates: tuple, otherwise: str, places: Counter | None = None) -> str:
+        if not candidates:
+            return most_frequent(spelt[most_frequent(counter)]) if counter else otherwise
+        often = [max(counter[label(option)], places[i] if places else 0) for i, option in enumerate(candidates)]
+        return candidates[often.index(max(often))] if any(often) else otherwise
+
+    known = [(*described(example), tuple(example.candidates or ())) for example in asked]
+    similar = nearest(list(by_text), list({text for _, text, _, _ in known} - by_text.keys()))
     found = {}
-    for kind, question in set(asked):
-        of_type, same = by_type.get(kind, everything), by_question.get(words[question])
-        near = sum((by_question[text] for text in similar.get(words[question], [])), Counter())
-        counts = {"type": of_type, "question": same or of_type, "nearest": same or near or of_type}
-        chosen = {name: spelt[most_frequent(counter)] for name, counter in counts.items()}
-        found[kind, question] = {name: most_frequent(spellings) for name, spellings in chosen.items()}
-    return [found[question] for question in asked]
+    for kind, text, question, candidates in set(known):
+        near = sum((by_text[other] for other in similar.get(text, [])), Counter())
+        of_type = guess(by_type.get(kind, everything), candidates, "".join(candidates[:1]), places[kind])
+        same = guess(by_text[text], candidates, guess(by_question[question], candidates, of_type))
+        near = guess(near, candidates, same)
+        found[kind, text, question, candidates] = {"type": of_type, "question": same, "nearest": near}
+    return [found[key] for key in known]
+
+
+def described(example) -> tuple[str, str, str]:
+    """An example's type; its earlier turns, pairs or as a chat template has them, with its question; the last alone."""
+    turns = [
+        [p.get("text", "") for p in turn["content"]] if isinstance(turn, dict) else turn for turn in example.history
+    ]
+    said = [normalise(text) for turn in turns for text in turn]  # each alone: later examples have them again
+    question = normalise(example.question)
+    return example.question_type, " ".join([*said, question]), question
 
 
 def most_frequent(counter: Counter) -> str:

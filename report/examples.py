@@ -22,13 +22,17 @@ class AnyExample(Example):
         return [name for name in self.media if name != self.heard] or self.media
 
 
-def read(path: Path, split: str | None = None, endovis: str | None = None) -> tuple[list[AnyExample], list[Problem]]:
+def read(
+    path: Path, split: str | None = None, endovis: str | None = None, media: Path | None = None
+) -> tuple[list[AnyExample], list[Problem]]:
     """The examples of a data folder, whichever script it is for, or of one file; and what is no example.
 
-    `split` is that of a file's examples; `endovis` one of layouts.ENDOVIS, for that data set.
+    `split` is that of a file's examples; `endovis` one of layouts.ENDOVIS, for that data set; `media` where its media
+    are, if not beside.
     """
-    data = path if path.is_dir() else path.parent
-    return collect(((w, s or split, e) for w, s, e in layouts.entries(path, endovis)), partial(make_example, data))
+    media = media or (path if path.is_dir() else path.parent)
+    found = layouts.entries(path, media, endovis)
+    return collect(((w, s or split, e) for w, s, e in found), partial(make_example, media))
 
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyExample:

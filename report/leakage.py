@@ -1,17 +1,19 @@
 """The leakage check: what two splits share, and answers that contradict each other, before any figure is believed.
 
 Found are files, patients and pictures of one split that an earlier split has too, questions asked twice about the same
-media, and answers that say nothing. Files are compared by their bytes, still pictures also by how they look (see
-near_duplicates.py); pictures without structure by bytes alone: "flat" counts these.
+media, and answers that say nothing. Files are compared by what is decoded of them (inputs/content.py), still pictures
+also by how they look (near_duplicates.py); pictures without structure by their pixels alone: "flat" counts these.
 """
 
 import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from inputs import sound, turns, videos, volumes
 from inputs.files import SPLITS, file_sha256
 from inputs.show import shorten
 from inputs.videos import FRAMES
@@ -19,35 +21,39 @@ from report.near_duplicates import BITS, LEVELS, OF_BITS, closest, small_picture
 from report.scoring import forms, normalise, says_nothing, score_answer
 from runtime.files import progress
 
-KINDS = ("same file", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
+KINDS = ("same content", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
+
+# what is decoded of a file: by its ending, (what its tokens are counted from, its content)
+MEASURES = [(sound.FILES, sound.measure), (videos.FILES, videos.measure), (turns.VOLUMES, volumes.measure)]
 
 
-def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> dict:
+def check(data: Path, examples: list, contents: dict[str, str] | None = None) -> dict:
     """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits, threshold.
 
     Of an example are read where, split, id, groups, question, answer, also_right, question_type, history, and media
-    and shown, names relative to `data`. `digests` are sha256 of files that the caller has read already. A file that is
-    not there is compared by its name, and counted as "not looked at".
+    and shown, names relative to `data`. `contents` are those of files that the caller has decoded already. A file that
+    cannot be decoded is compared by its bytes; one that is not there by its name: this, and a picture that cannot be
+    looked at, are counted as "not looked at".
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
     pictures = {name for example in examples for name in example.shown if name.lower().endswith(FRAMES)}
-    known = digests or {}
+    known = contents or {}
 
     def look(name: str) -> tuple:
-        try:
-            digest = known.get(name) or file_sha256(data, name)
-            return digest, small_picture(data, name) if name in pictures else None, True
-        except ValueError:  # whoever reads it for training says what is wrong with it
-            return known.get(name), None, False
+        found = name
+        with suppress(ValueError):  # whoever reads it for training says what is wrong with it
+            found = known.get(name) or content_of(data, name)
+            return found, small_picture(data, name) if name in pictures else None, True
+        return found, None, False
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         looked = progress(pool.map(look, names), desc="leakage check", total=len(names))
         looked = dict(zip(names, looked, strict=True))
-    content = {name: digest or name for name, (digest, _, _) in looked.items()}
+    content = {name: found for name, (found, _, _) in looked.items()}
     small = {content[name]: picture for name, (_, picture, _) in looked.items() if picture is not None}
     seen = {key: picture for key, picture in small.items() if structured(picture)}
     findings = [
-        *same_files(examples, content),
+        *same_content(examples, content),
         *similar_pictures(examples, content, seen),
         *shared_frames(examples, content),
         *shared_groups(examples),
@@ -66,25 +72,33 @@ def check(data: Path, examples: list, digests: dict[str, str] | None = None) -> 
     }
 
 
+def content_of(data: Path, name: str) -> str:
+    """What is decoded of a file that the caller has not measured, or else its bytes. Raises ValueError."""
+    for endings, measure in MEASURES:
+        with suppress(ValueError):
+            if name.lower().endswith(endings):
+                return measure(data, name)[1]
+    return file_sha256(data, name)
+
+
 # ---- what is looked for: each gives findings {"kind", "where", "text"} --------------------------------------
 
 
-def same_files(examples: list, content: dict[str, str]):
-    """The same bytes (of files that are not there the same name) shown in a split and in an earlier one."""
+def same_content(examples: list, content: dict[str, str]):
+    """The same content (of files that are not there the same name) shown in a split and in an earlier one."""
 
     def files(example):
         return [(name, content[name]) for name in example.shown]
 
     for example, name, key, first in repeated(examples, files):
         other = next(other for other, found in files(first) if found == key)
-        text = f"{name} of {example.split} is {'also' if name == other else other} in {first.split} ({first.where})"
-        if key == name:
-            text += ", by its name; the file is not here"
-        yield {"kind": "same file", "where": example.where, "text": text}
+        text = f"{name} of {example.split} " + ("is also in" if name == other else f"shows the same as {other} of")
+        text += f" {first.split} ({first.where})" + ", by its name; the file is not here" * (key == name)
+        yield {"kind": "same content", "where": example.where, "text": text}
 
 
 def similar_pictures(examples: list, content: dict[str, str], pictures: dict):
-    """Each picture of a split that looks like one of an earlier split, and which; not those with the same bytes."""
+    """Each picture of a split that looks like one of an earlier split, and which; not those with the same content."""
     earlier = {}  # content -> (example, name)
     for split in SPLITS:
         later = {}
@@ -177,14 +191,14 @@ def empty_answers(examples: list):
 # ---- what the splits hold -----------------------------------------------------------------------------------
 
 
-def overlaps(examples: list, digests: dict[str, str]) -> dict[str, dict]:
+def overlaps(examples: list, contents: dict[str, str]) -> dict[str, dict]:
     """For val and test: how many files, by their content, are in earlier splits too, and whose questions these are.
 
     `questions_touched` show at least one such file, `questions_contained` nothing else.
     """
     found, earlier = {}, set()
     for split in SPLITS:
-        part = [{digests.get(name) for name in example.shown} for example in examples if example.split == split]
+        part = [{contents.get(name) for name in example.shown} for example in examples if example.split == split]
         files = set().union(*part) - {None}
         if split != "train" and part:
             shared = files & earlier
@@ -229,7 +243,7 @@ def print_result(result: dict, most: int = 10) -> None:
     if result["counts"]["not looked at"]:
         print(f"{result['counts']['not looked at']} files could not be opened: compared by name or bytes only")
     if result["counts"]["flat"]:
-        print(f"{result['counts']['flat']} pictures are black, white or of one shade: compared by bytes only")
+        print(f"{result['counts']['flat']} pictures are black, white or of one shade: compared by their pixels only")
     total, listed = sum(counts.values()), ", ".join(f"{n} {kind}" for kind, n in counts.items())
     found = f"{total} finding{'s' if total > 1 else ''} ({listed})" if total else "no findings"
     print(f"leakage check: {found}")

@@ -7,10 +7,10 @@ mirrored or turned upside down is found; one that is cropped by some per cent, c
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from inputs.files import inside
-from inputs.images import MAX_PIXELS, MODES
+from inputs.images import MAX_PIXELS, MODES, to_rgb
 
 # Two pictures are one where both hold. Of the demo's frames, which share their background, copies (JPEG down to q30,
 # half the size, brighter, mirrored) differ by at most 18 bits and 7 levels; different ones within 24 bits by 21 levels
@@ -35,8 +35,7 @@ def small_picture(data: Path, name: str) -> np.ndarray | None:
                 return None
             image.draft("RGB", (128, 128))  # a JPEG is decoded small, 1350 x 1080 in 4 ms instead of 16
             # an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ
-            picture = ImageOps.exif_transpose(image).convert("RGB").resize((32, 32), Image.Resampling.HAMMING)
-            return np.asarray(picture)
+            return np.asarray(to_rgb(image).resize((32, 32), Image.Resampling.HAMMING))
     except Exception as error:  # damaged files make a decoder raise anything
         raise ValueError(f"{name}: {error}") from None
 

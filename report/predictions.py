@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from inputs.files import read_jsonl
 from inputs.task import Example, Problem
+from inputs.texts import read_jsonl
 from report import examples, scoring
 from report.read import refuse
 from report.results import add_baselines
@@ -11,9 +11,9 @@ from report.results import add_baselines
 FIELDS = [("id", "question_id"), ("prediction", "predicted_answer", "response")]  # of a predictions file: usual names
 
 
-def read_examples(path: Path, split: str) -> list[Example]:
+def read_examples(path: Path, split: str, media: Path | None = None) -> list[Example]:
     """The examples of one file, all of `split`. Ends with what is wrong where one cannot be read, or has no answer."""
-    found, problems = examples.read(path, split)
+    found, problems = examples.read(path, split, media=media)
     first = {}
     for example in found:
         if not isinstance(example.answer, str | int | float) or scoring.says_nothing(example.answer):

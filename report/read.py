@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from inputs.files import read_json, read_jsonl
 from inputs.task import Problem
+from inputs.texts import read_json, read_jsonl
 
 RECORD = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "relaxed"}
 ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # how a run was answered
@@ -16,7 +16,7 @@ def read_run(folder: Path) -> dict:
         raise SystemExit(f"{folder}: no predictions.jsonl; answer with the script's --eval-only first")
     config, results, check = (read_or_empty(folder / f"{name}.json") for name in ("config", "results", "check"))
     settings = config.get("settings", {})
-    data = results.get("data", settings.get("data"))
+    data = results.get("media_root") or results.get("data", settings.get("data"))  # where media are
     return {
         "name": str(folder),
         "folder": folder,

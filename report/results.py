@@ -17,7 +17,8 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     results |= {"split": args.eval_split, "decode": args.decode, "model": args.model}
     results |= {"checkpoint": str(run.checkpoint) if run.checkpoint else None}
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
-    results |= {"data": str(args.data), "max_answer_tokens": args.max_answer_tokens, "limit": args.limit}
+    results |= {"data": str(args.data), "media_root": args.media_root}
+    results |= {"max_answer_tokens": args.max_answer_tokens, "limit": args.limit}
     predictions = run.folder / "predictions.jsonl"
     write_jsonl(predictions, records)
     print(results_table(results))
@@ -31,9 +32,5 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
 
 def add_baselines(records: list[dict], asked: list, train_examples: list, score) -> None:
     """Put into each record's `baselines` whether each baseline's answer is an exact match."""
-    # forms that answers share come first: of equally frequent ones the first is taken, and one example's own wording
-    # would be right for that example alone
-    training = [(e.question_type, e.question, [*e.also_right, e.answer]) for e in train_examples]
-    blind = blind_answers(training, [(example.question_type, example.question) for example in asked])
-    for record, example, guesses in zip(records, asked, blind, strict=True):
+    for record, example, guesses in zip(records, asked, blind_answers(train_examples, asked), strict=True):
         record["baselines"] = {name: score(text, example)["exact"] for name, text in guesses.items()}

@@ -15,7 +15,7 @@ from inputs.files import inside
 
 KINDS = dict.fromkeys((".jpg", ".jpeg", ".png"), "frame")  # several of them in a row are a clip
 KINDS |= dict.fromkeys((".gif", ".webp", ".apng"), "pictures") | {".wav": "sound"}
-KINDS |= dict.fromkeys((".nii", ".gz", ".npy", ".npz"), "volume")
+KINDS |= dict.fromkeys((".nii", ".gz", ".img", ".npy", ".npz"), "volume")
 HEIGHT, STRIP_HEIGHT, WIDEST, GAP = 112, 84, 448, 2  # pixels
 MOST_FRAMES, MOST_DECODED = 4, 1000  # frames of a clip that are shown; of an animation that are looked at
 MOST_PIXELS, MOST_VOXELS = 50_000_000, 2**27
@@ -35,7 +35,7 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
     if folder is None or not named:
         return [], [[] for _ in records], []
     if not folder.is_dir():
-        where = "start python -m report in the folder where the run was started"
+        where = "start python -m report in the folder where the run was started, or give --media-root"
         return [], [[] for _ in records], [f"the data folder {folder} is not here: {where}"]
     jobs = [(i, thing) for i, record in enumerate(records) for thing in things(record["media"])]
     # the bits of the index reversed: 0, n/2, n/4, 3n/4 … are even
@@ -80,7 +80,7 @@ def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 def fault(folder: Path, names: tuple[str, ...], error: Exception) -> str:
     """The error with the name of a file, but not with where on this machine it lies, nor with a training's advice."""
-    text = (str(error) or type(error).__name__).replace(f"{folder.resolve()}/", "")
+    text = (str(error) or type(error).__name__).replace(f"{folder}/", "")
     text = re.sub(r"; [^;]*--skip-bad[^;]*$", "", text)
     return text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
 

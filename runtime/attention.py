@@ -34,7 +34,7 @@ def read(model, trees: list, task, run) -> tuple[dict, torch.Tensor]:
     """The trees as one packed sequence, and its last hidden states (tokens, width)."""
     [batch] = common.pack(trees, sum(map(len, trees)))
     try:
-        media = task.read_media(Path(run.args.data), batch["prompts"])
+        media = task.read_media(Path(run.args.media_root), batch["prompts"])
     except ValueError as error:
         raise SystemExit(f"{error}. Fix the file and start again") from None
     batch = to_device({**batch, **media}, run.device)

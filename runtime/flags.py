@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 from importlib.util import find_spec
+from pathlib import Path
 
 from runtime.foreign_flags import explain
 
@@ -26,6 +27,13 @@ def share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return float(text)
+
+
+def percent(text: str) -> float:
+    """A share given as "25%", for argparse."""
+    if not text.endswith("%"):
+        raise argparse.ArgumentTypeError(f"{text} is no percentage such as 25%")
+    return share(str(float(text[:-1]) / 100))
 
 
 def board(text: str) -> str:
@@ -86,9 +94,12 @@ def shared(doc: str, tunings: dict[str, str] | None = None, **defaults) -> Parse
 def add_data(add) -> None:
     add("--model", help="model folder, or hub ID (downloaded first); required")
     add("--data", help="data folder; required but for --merge, and for --check of the model alone")
+    text = "folder that names of media start from, and absolute ones must lie in (default: --data)"
+    add("--media-root", metavar="DIR", help=text)
     add("--out", metavar="RUN", help="run folder: all that is written goes there; required where --data is")
     add("--limit", type=positive, metavar="N", help="use only the first N examples of each split (default: all)")
-    add("--skip-bad", action=YES_NO, default=False, help="leave examples with faults out, by name (default: no)")
+    text = "leave examples with faults out, by name, up to N%% of a split or question type (alone: 10%%; default: no)"
+    add("--skip-bad", type=percent, nargs="?", const=0.10, metavar="N%", help=text)
     text = "train on these examples alone: a line an ID, or a bad_steps.jsonl to replay (default: all)"
     add("--only-ids", metavar="FILE", help=text)
 
@@ -175,6 +186,8 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} required")
+    if args.media_root and not Path(args.media_root).is_dir():
+        parser.error(f"--media-root {args.media_root}: no such folder")
     if args.merge and args.resume == "auto" and not args.out:
         parser.error("--merge: --out RUN required, or --resume FOLDER")
     modes = [
@@ -188,6 +201,7 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         args.resume, args.max_steps = "none", args.max_steps or OVERFIT_STEPS
         args.epochs, args.out = args.max_steps, f"{args.out}/overfit"
     print_settings(parser, args)
+    args.media_root = args.media_root or args.data
     return args
 
 

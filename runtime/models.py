@@ -138,6 +138,10 @@ def open_model(
     if foreign and not part:
         text = f"{len(foreign)} weights without a place, such as {foreign[0]}"
         raise SystemExit(f"--model {folder}: {text}" + (f"; {remedy}" if remedy else ""))
+    if getattr(model, "generation_config", None):  # answers are greedy; some published settings cannot even be saved
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        kept = {name: getattr(model.generation_config, name) for name in ids}
+        model.generation_config = transformers.GenerationConfig(**kept)
     return model
 
 
@@ -226,6 +230,8 @@ def write_final(load_model, folder: Path, task, run) -> None:
                 write_model(load_model, folder, task, run.checkpoint, target, run.dtype)
             for path in adapter:
                 shutil.copy(path, target)
+            if adapter and task.processor is not None:  # what it was trained to see, which the base's own need not be
+                task.processor.save_pretrained(target)
 
     on_first_rank(write)
 

@@ -45,4 +45,4 @@ def commit(folder: Path) -> dict:
 
 def data_files(data: Path) -> list[Path]:
     """The files of the data folder that hold examples, as far as they lie directly in it."""
-    return sorted(path for path in data.iterdir() if path.suffix in (".json", ".jsonl") and path.is_file())
+    return sorted(path for path in data.iterdir() if path.suffix in (".json", ".jsonl", ".csv") and path.is_file())

@@ -47,10 +47,11 @@ def load_demo(folder: Path, script=train_llava_med, *flags) -> SimpleNamespace:
     args = script.parse_arguments([str(a) for a in argv])
     task = task_class(script)(folder / "model", args)
     examples, problems = script.read_examples(folder / "data", args)
-    task.measured = {name: task.measure(folder / "data", name) for example in examples for name in example.media}
+    media = Path(args.media_root)
+    task.measured = {name: task.measure(media, name)[0] for example in examples for name in example.media}
     trees, found = common.build_trees([example for example in examples if example.split == "train"], task)
     assert task.faults + problems == [] and found == {}
-    read_media = partial(task.read_media, folder / "data")
+    read_media = partial(task.read_media, media)
     return SimpleNamespace(args=args, folder=folder, task=task, examples=examples, trees=trees, read_media=read_media)
 
 

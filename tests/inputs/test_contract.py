@@ -60,6 +60,11 @@ BREAKS = {
         "LlavaTask does not give measure",
         ("def measure(self", "def size(self"),
     ),
+    "a file whose content is not given": (
+        "data",
+        "Task.measure must return what tokens are counted from and a content",
+        ("images.measure(data, name)\n", "images.measure(data, name)[0]\n"),
+    ),
     "one token too many is supervised": (
         "data",
         "supervised would be",

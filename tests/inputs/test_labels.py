@@ -34,8 +34,10 @@ def settled(answer: str, names: list[str], training: list[str], metadata=None) -
     """The label of a test answer beside training answers in which `{}` stands for each label; None for a fault."""
     train = [turn("train", text.format(name), names) for text in training for name in names]
     asked = turn("test", answer, names, metadata)
-    examples, problems, _ = labels.settle([*train, asked], {})
-    assert (asked in examples) == (asked.label is not None) == (asked.where not in {p.where for p in problems})
+    problems, _ = labels.settle([*train, asked], {})
+    assert (
+        (asked.label is not None) == (asked.candidates is not None) == (asked.where not in {p.where for p in problems})
+    )
     return asked.label
 
 
@@ -150,8 +152,8 @@ def test_answers_in_words_that_training_has_for_two_labels_are_read():
 )
 def test_an_answer_in_doubt_is_a_fault_that_says_how_to_declare_it(answer, names):
     asked = turn("train", answer, names)
-    examples, (problem,), _ = labels.settle([turn("train", f"{x}.", names) for x in names] + [asked], {})
-    assert asked not in examples and problem.where == asked.where
+    (problem,), _ = labels.settle([turn("train", f"{x}.", names) for x in names] + [asked], {})
+    assert asked.label is None and problem.where == asked.where
     assert f"does not name one of {', '.join(names)} in words that training has for two of them" in problem.text
     assert f'declare which it is, such as "metadata": {{"label": "{names[0]}"}}' in problem.text
 
@@ -159,11 +161,11 @@ def test_an_answer_in_doubt_is_a_fault_that_says_how_to_declare_it(answer, names
 def test_words_that_occur_with_one_label_alone_are_not_known_from_it():
     """However often: a label may always be denied in them."""
     denied = [turn("train", "Dementia was not found.", STAGE) for _ in range(9)]
-    _, problems, _ = labels.settle([*denied, turn("train", "Mild dementia.", STAGE)], {})
+    problems, _ = labels.settle([*denied, turn("train", "Mild dementia.", STAGE)], {})
     assert len(problems) == 9
     # nor from answers whose metadata names another label than they hold
     train = [turn("train", f"The subject is not {x}.", metadata={"label": y}) for x, y in (SEX, SEX[::-1])]
-    _, (problem,), _ = labels.settle([*train, turn("train", "The subject is not male.")], {})
+    (problem,), _ = labels.settle([*train, turn("train", "The subject is not male.")], {})
     assert "does not name one of male, female" in problem.text
 
 
@@ -195,8 +197,8 @@ def test_metadata_decides_where_it_names_a_label(field):
 def test_metadata_that_contradicts_a_plain_answer_is_a_fault():
     train = [turn("train", f"The subject is {name}.") for name in SEX]
     asked = turn("test", "The subject is male.", metadata={"label": "female"})
-    examples, (problem,), _ = labels.settle([*train, asked], {})
-    assert examples == train
+    (problem,), _ = labels.settle([*train, asked], {})
+    assert problem.where == asked.where and asked.label is None
     assert "'The subject is male.', but metadata's label 'female'; correct one of them" in problem.text
 
 
@@ -214,9 +216,9 @@ def word(*train: tuple[str, str], test: tuple = (), worded=None, names=tuple(SEX
     """The settled examples of (answer, label) pairs, and what is kept with a checkpoint."""
     found = [turn("train", answer, names, {"label": label}) for answer, label in train]
     found += [turn("test", answer, names, {"label": label}) for answer, label in test]
-    examples, problems, kept = labels.settle(found, worded or {})
-    assert problems == [] and examples == found
-    return examples, kept
+    problems, kept = labels.settle(found, worded or {})
+    assert problems == []
+    return found, kept
 
 
 def test_candidates_are_worded_as_in_training_and_alike_for_every_label(capsys):
@@ -231,7 +233,7 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label(capsys):
     assert {tuple(e.candidates) for e in two} == {("A male.", "A female.")}
     # the same words answer again where training is not at hand, and whatever the order in which labels are listed
     later = [turn("test", "The subject is male."), turn("test", "A female.", ("female", "male"), {"label": "female"})]
-    assert labels.settle(later, json.loads(json.dumps(kept))) == (later, [], kept)
+    assert labels.settle(later, json.loads(json.dumps(kept))) == ([], kept)
     assert {tuple(e.candidates) for e in later} == {("The subject is male.", "The subject is female.")}
     # no words are shared by both labels: each label's own, most frequent
     yes = ("Yes, male.", "male")
@@ -242,6 +244,60 @@ def test_candidates_are_worded_as_in_training_and_alike_for_every_label(capsys):
     assert examples[1].candidates == ["Yes, male.", "female"]  # and never in words of the test split
     examples, _ = word(("A male of 35 years.", "male"), ("A female of 62 years.", "female"))
     assert examples[0].candidates == ["male", "female"]
+
+
+# comparisons as they are published: half of them name the label of the reference, too
+SAME = [
+    "Based on comparison with the reference scan, this appears to be a {} subject. Similarities include volumes.",
+    "This scan likely belongs to a {} subject. Key features align with the reference {} scan in volume.",
+]
+OTHER = [
+    "Based on comparison with the {1} reference scan, this appears to be a {0} subject. Differences include volumes.",
+    "This scan likely belongs to a {0} subject. Unlike the reference {1} scan, it is typical of {0} neuroanatomy.",
+]
+
+
+@pytest.mark.parametrize(
+    ("same", "other", "before", "after"),
+    [
+        (SAME, OTHER, "This scan likely belongs to a ", " subject."),
+        (["It is {}. It agrees with the reference."], ["It is {0}. It departs from the {1} one."], "It is ", "."),
+        (["It agrees with the other. It is {}."], ["It departs from the {1} one. It is {0}."], "It is ", "."),
+        (["Like the reference, it is {}."], ["Unlike the {1} reference, it is {0}."], "", ""),
+        (["Like the reference, it is {}."] * 3, ["It departs from the {1} one."], "", ""),
+    ],
+)
+def test_a_comparison_is_read_by_its_metadata_and_ranked_in_words_that_do_not_tell_what_is_the_same(
+    same, other, before, after
+):
+    """Were "it agrees with the reference" ranked, the likeliest would be the reference's label, whatever is shown."""
+    pairs = [(text.format(x, y), x) for text in same for x, y in (("male", "male"), ("female", "female"))]
+    pairs += [(text.format(x, y), x) for text in other for x, y in (SEX, SEX[::-1])]
+    pairs *= 30
+    odd = [("The subject is female, no male.", "female")]  # one in a hundred and twenty decides nothing
+    examples, _ = word(*pairs, *odd, test=pairs[:9])
+    assert {tuple(e.candidates) for e in examples} == {tuple(before + label + after for label in SEX)}
+    assert [example.label for example in examples] == [label for _, label in [*pairs, *odd, *pairs[:9]]]
+
+
+def test_candidates_are_what_answers_have_in_common_whatever_explanation_follows():
+    says = [("The subject is {0}. The brain weighs {1} g.", n) for n in range(1200, 1206)]
+    examples, _ = word(*[(text.format(x, n + len(x)), x) for text, n in says for x in SEX])
+    assert examples[0].candidates == ["The subject is male.", "The subject is female."]
+    always = [(f"As the scan shows, yes. The subject is {x}. So it seems.", x) for x in SEX]  # the complete answer
+    assert word(*always)[0][0].candidates == [answer for answer, _ in always]
+
+
+def test_an_answer_in_doubt_that_limit_does_not_choose_is_no_fault(copy):
+    for path in sorted((copy / "data/train").glob("*lesion_side.json"))[-2:]:
+        entry = json.loads(path.read_text())
+        entry["conversations"][-1]["content"] = "Left or right, who knows?"
+        edit(path, conversations=entry["conversations"], metadata=...)
+    args = script.parse_arguments(["--model", "m", "--data", "d", "--out", "o", "--limit", "5", *map(str, SMALL)])
+    examples, problems = script.read_examples(copy / "data", args)
+    assert len(examples) == 15 and problems == []
+    args.limit = None
+    assert len(script.read_examples(copy / "data", args)[1]) == 2
 
 
 def test_labels_and_candidates_come_from_all_of_training_whatever_limit_chooses(mri_folder):

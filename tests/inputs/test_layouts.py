@@ -18,7 +18,7 @@ from report import examples as report_examples
 
 def read(data, **settings):
     """Rows and faults of a folder, the faults as text."""
-    defaults = {"endovis": None, "limit": None, "only_ids": None}
+    defaults = {"endovis": None, "limit": None, "only_ids": None, "media_root": data}
     rows, problems = train_llava_med.read_examples(data, SimpleNamespace(**{**defaults, **settings}))
     return rows, [str(problem) for problem in problems]
 
@@ -200,7 +200,7 @@ def test_endovis_faults_are_named(endovis):
     (endovis / "seq_4" / "vqa" / "Classification" / "frame001_QA.txt").write_text("no bar here\nWhat?|\n")
     shutil.rmtree(endovis / "seq_6")
     rows, faults = read(endovis, endovis="paper")
-    assert faults[0] == 'seq_4/vqa/Classification/frame001_QA.txt:1: no "question|answer"; fix the line'
+    assert faults[0] == 'seq_4/vqa/Classification/frame001_QA.txt:1: not "question|answer"; fix the line'
     assert faults[1].startswith("seq_4/vqa/Classification/frame001_QA.txt:2: the answer is empty")
     assert faults[2:] == ["seq_6/vqa/Classification: no annotation files; complete the data set"]
     (gone,) = {row.media[0] for row in rows if not (endovis / row.media[0]).exists()}
@@ -249,7 +249,8 @@ def test_a_conversation_gives_a_row_an_answer_with_the_turns_before_it(conversat
 
 
 def test_of_a_conversation_only_the_last_answer_is_supervised(conversations, demo_folder):
-    task = train_llava_med.LlavaTask(demo_folder / "model", SimpleNamespace(model=demo_folder / "model"))
+    args = SimpleNamespace(model=demo_folder / "model", image_fit=None)
+    task = train_llava_med.LlavaTask(demo_folder / "model", args)
     rows, _ = read(conversations)
     prefix, input_ids, labels = task.encode(rows[2], rows[2].answer)
     assert task.tokenizer.decode(prefix) == "<s> [INST] " + "<image>" * 64
@@ -309,7 +310,7 @@ def test_one_split_in_two_formats_is_refused(conversations):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("history", ["a", [["a"]], [["a", 1]], 5, [{"a": "b"}]])
+@pytest.mark.parametrize("history", ["a", [["a"]], [["a", "b", "c"]], 5, [{"a": "b"}]])
 def test_a_history_of_another_form_is_refused_by_name(conversations, history):
     (conversations / "train.json").unlink()
     line = {"image": "images/a.jpg", "question": "a?", "answer": "b", "history": history}
@@ -330,7 +331,7 @@ def test_one_bad_entry_of_a_json_list_costs_no_other(conversations):
 def test_without_a_script_a_folder_has_the_same_entries(request, fixture):
     data = request.getfixturevalue(fixture)
     rows, _ = read(data, endovis="paper")
-    found = list(layouts.entries(data, "paper"))
+    found = list(layouts.entries(data, data, "paper"))
     assert [where for where, _, _ in found] == [row.where for row in rows]
     assert [entry["question"].strip() for _, _, entry in found] == [row.question for row in rows]
     assert [str(entry["answer"]) for _, _, entry in found] == [row.answer for row in rows]

@@ -2,16 +2,121 @@
 
 import itertools
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from inputs.questions import answer_candidates, question_type
-from report.scoring import score_answer
+from inputs import show
+from inputs.questions import allow_training_answers, answer_candidates, fields, question_type, write_types
+from inputs.task import Example
+from report.scoring import answerable, score_answer
 
 TYPES = ["yes_no", "color", "size_numeric", "count_numeric", "mcq", "open_ended"]
 # the published annotations of SurgViVQA-Audio, where they lie beside the project
 ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "surgvivqa_audio"
+
+
+MEDIA = {  # script -> what an entry needs beside question and answer
+    "llava_med": {"image": "a.jpg"},
+    "qwen2vl_sentinel": {"image": "a.jpg"},
+    "surg_video_vqa": {"frames": ["a.jpg"], "video_id": "v"},
+    "umbrella_mri": {"volume": "a.npy", "modality": "T1", "group": "s"},
+    "video_plain_lm": {"video": "a.gif"},
+}
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def faults_of(script: str, folder: Path, *entries: dict) -> list[str]:
+    """What a script says of entries; of one that it reads, its question, answer, type and candidates."""
+    asked = {"question": "What is it?", "answer": "red", **MEDIA[script]}
+    entries = [entry if "conversations" in entry else {**asked, **entry} for entry in entries]
+    (folder / "train.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    train = import_module(f"train_{script}")
+    args = train.parse_arguments(["--model", "m", "--data", str(folder), "--out", "o"])
+    examples, problems = train.read_examples(folder, args)
+    found = {x.where: str(x) for x in problems}
+    found |= {e.where: (e.question, e.answer, e.question_type, e.candidates) for e in examples}
+    return [found[f"train.jsonl:{i}"] for i in range(1, len(entries) + 1)]
+
+
+@pytest.mark.parametrize("script", MEDIA)
+def test_what_is_no_text_is_a_fault_that_says_what_to_write(script, tmp_path):
+    faults = {
+        'answer must be a text, not the list \'["pink", "red"]\'; write "pink;red"': {"answer": ["pink", "red"]},
+        'answer must be a text, not the object \'{"text": "pink"}\'; write a single text': {"answer": {"text": "pink"}},
+        "answer must be a text, not the boolean 'true'; write \"yes\"": {"answer": True},
+        "answer must be a text, not the boolean 'false'; write \"no\"": {"answer": False},
+        "answer must be a text, not the list '[[1]]'; write a single text": {"answer": [[1]]},
+        'question must be a text, not the list \'["Is it?"]\'; write "Is it?"': {"question": ["Is it?"]},
+        'question must be a text, not the list \'["a", "b"]\'; write a single text': {"question": ["a", "b"]},
+        "question must be a text, not the object": {"question": {"a": "b", "c": "d"}},
+        'question_type must be a text, not the list \'["a"]\'; write "a"': {"question_type": ["a"]},
+        "id must be a text, not the list": {"id": [7]},
+        "each of answer_candidates must be a text, not the boolean": {"answer_candidates": ["red", True]},
+        "answer_candidates must be a list of texts, none empty: 'red'": {"answer_candidates": "red"},
+        "answer_candidates must be a list of texts, none empty: {'a': 'red'}": {"answer_candidates": {"a": "red"}},
+    }
+    found = faults_of(script, tmp_path, *faults.values())
+    assert [text for text, line in zip(faults, found, strict=True) if text not in line] == []
+
+
+@pytest.mark.parametrize("script", MEDIA)
+def test_a_number_is_a_text_as_it_is_written(script, tmp_path):
+    entries = [{"answer": 3}, {"answer": 2.0}, {"question": 5, "question_type": 1, "answer_candidates": ["red", 2]}]
+    first, second, third = faults_of(script, tmp_path, *entries)
+    assert first[1:2] == ("3",) and second[1:2] == ("2.0",) and third[:3] == ("5", "red", "1")
+    assert third[3] == ["red", "2"]
+
+
+@pytest.mark.parametrize("script", MEDIA)
+def test_half_a_character_is_a_fault_wherever_it_stands(script, tmp_path):
+    half = [
+        {"question": "\ud83d?"},
+        {"answer": "x\udc00"},
+        {"id": "\ud800"},
+        {"group": "\ud800"},
+        {"question_type": "\ud800"},
+    ]
+    half += [{"answer_candidates": ["red", "\ud800"]}, {"history": [["\ud800", "x"]]}, {"\ud800": 1}]
+    intact = {"question": "What? \U0001f600", "answer": "red \U0001f601"}
+    *found, read = faults_of(script, tmp_path, *half, intact)
+    assert [line for line in found if "half a character" not in line or not line.encode()] == []
+    assert read[:2] == tuple(intact.values())
+
+
+def test_half_a_character_is_left_as_it_is_where_types_are_written(tmp_path, capsys):
+    rows = [{"image": "a.jpg", "question": "Is it?", "answer": answer} for answer in ("yes \ud83d", "yes")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_types(tmp_path / "train.jsonl", tmp_path / "out.jsonl")
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines())
+    assert first == rows[0] and second["answer_candidates"] == ["yes", "no"]
+    assert "left as it is: train.jsonl:1: half a character" in capsys.readouterr().out
+
+
+def test_texts_of_conversations_and_histories_are_no_lists(tmp_path):
+    says = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": ["pink", "red"]}]
+    fault, history, read = faults_of(
+        "llava_med",
+        tmp_path,
+        {"image": "a.jpg", "conversations": says},
+        {"history": [["How many?", [1]]]},
+        {"image": "a.jpg", "conversations": [says[0], {"from": "gpt", "value": 1}]},
+    )
+    assert 'the answer\'s value must be a text, not the list \'["pink", "red"]\'; write "pink;red"' in fault
+    assert "each text of history must be a text, not the list '[1]'; write \"1\"" in history
+    assert read[1] == "1"
+
+
+def test_faults_of_lists_of_any_length_have_one_cause():
+    texts = []
+    for answer in (["pink"], ["pink", "red", "it's"], [1, 2]):
+        with pytest.raises(ValueError, match="must be a text") as caught:
+            fields({"question": "What?", "answer": answer})
+        texts.append(show.cause(str(caught.value)))
+    assert len(set(texts)) == 1
 
 
 # --- question types -----------------------------------------------------------------------------------------
@@ -185,6 +290,62 @@ def test_every_candidate_is_right_for_itself_only(question):
     options = answer_candidates(question, question_type(question))
     for prediction, answer in itertools.product(options, options):
         assert score_answer(prediction, answer, "mcq")["exact"] == (prediction == answer)
+
+
+# --- candidates, from training -----------------------------------------------------------------------------
+
+
+def allowed(train: list[tuple[str, str]], question: str) -> list[str] | None:
+    """The candidates of a question whose answer is not known, beside training's questions and answers."""
+    made = []
+    for i, (text, answer, split) in enumerate([*((*pair, "train") for pair in train), (question, "?x", "test")]):
+        known = {"where": f"{split}.jsonl:{i}", "split": split, "id": str(i), "group": "g", "media": []}
+        made.append(Example(**known, **fields({"question": text, "answer": answer})))
+    allow_training_answers(made)
+    return made[-1].candidates
+
+
+OPTIONS = "Which? A) red B) pink C) white D) brown"
+
+
+@pytest.mark.parametrize(
+    ("answers", "candidates"),
+    [
+        (["B", "A", "D", "A"], ["A", "B", "C", "D"]),
+        (["B.", "A.", "C.", "D.", "A"], ["A.", "B.", "C.", "D."]),
+        (["(b)", "(a)"], ["(a)", "(b)", "C", "D"]),  # which training never gives
+        (["pink", "Red"], ["Red", "pink", "white", "brown"]),
+        (["B) pink", "A) red"], ["A) red", "B) pink", "C) white", "D) brown"]),
+        (["B"] * 19 + ["red"], ["A", "B", "C", "D"]),  # one in twenty is a slip
+        (["E", "none of these", "B) red"], ["red", "pink", "white", "brown"]),  # no option, or another's letter
+        ([], ["red", "pink", "white", "brown"]),
+    ],
+)
+def test_options_are_allowed_in_the_forms_in_which_training_answers(answers, candidates):
+    train = [(f"Of picture {i}: {OPTIONS}", answer) for i, answer in enumerate(answers)]
+    assert allowed(train, OPTIONS) == candidates
+    for right in candidates:
+        assert [score_answer(one, right, "mcq")["exact"] for one in candidates] == [one == right for one in candidates]
+
+
+@pytest.mark.parametrize(
+    "question", ["Which? (a) red (b) pink", "Which?\nA. red\nB. pink\nAnswer with the letter.", "Which? a) red b) pink"]
+)
+def test_letters_are_candidates_however_options_are_labelled(question):
+    assert allowed([(question, "A"), (f"So, {question}", "B")], f"Now, {question}") == ["A", "B"]
+
+
+def test_answers_that_are_none_of_their_candidates_are_said_with_type_and_example(capsys):
+    def example(i: int, answer: str) -> Example:
+        asked = fields({"question": OPTIONS, "answer": answer, "answer_candidates": ["x", "y"]})
+        return Example(where=f"train.jsonl:{i}", split="train", id=str(i), group="g", media=[], **asked)
+
+    show.print_unanswerable([example(i, "B" if i < 4 else "x") for i in range(10)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("4 of 10 answers are none of their allowed ones; give or correct answer_candidates: ")
+    assert line.endswith("'B' (train.jsonl:0, mcq) is none of x, y")
+    show.print_unanswerable([*(example(i, "x") for i in range(39)), example(40, "B")])  # a small share
+    assert capsys.readouterr().out == "" and not answerable(example(1, "B"))
 
 
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the SurgViVQA annotations are not here")

@@ -114,14 +114,11 @@ def test_every_fault_is_named_with_file_and_remedy(copy, tmp_path):
     bare = [{"role": "user", "content": [image, text]}, assistant]
     faults = {
         "nobody": ({"subject_ids": []}, "no subject_ids and no group"),
-        "listed": (
-            {"subject_ids": ..., "group": ["a", "b"]},
-            "subject_ids must be a list of names (or group one name)",
-        ),
-        "number": ({"conversations": 3}, "not as conversations are written"),
-        "null": ({"conversations": [{**user, "content": 7}, assistant]}, "not as conversations are written"),
-        "list": ({"task_type": ["a"]}, "question_type must be a text: ['a']"),
-        "half": ({"conversations": [user, {**assistant, "content": "\ud800"}]}, "surrogates not allowed"),
+        "listed": ({"subject_ids": ..., "group": ["a", "b"]}, "group must be one name"),
+        "number": ({"conversations": 3}, "conversations must be a list of turns: 3"),
+        "null": ({"conversations": [{**user, "content": 7}, assistant]}, "the conversation shows []"),
+        "list": ({"task_type": ["a"]}, "question_type must be a text, not the list"),
+        "half": ({"conversations": [user, {**assistant, "content": "\ud800"}]}, "half a character"),
         "kind": (
             {
                 "conversations": [
@@ -175,7 +172,7 @@ def test_every_fault_is_named_with_file_and_remedy(copy, tmp_path):
     for (name, (_, why)), path in zip(faults.items(), files, strict=False):
         (line,) = [line for line in listed if f"train/{path.name}" in line]
         assert why in line, (name, line)
-    run(copy, tmp_path / "out", *SMALL, "--check", "--skip-bad")
+    run(copy, tmp_path / "out", *SMALL, "--check", "--skip-bad", "50%")
     skipped = json.loads((tmp_path / "out/check.json").read_text())["skipped"]
     assert skipped == sorted(f"train/{path.name}" for path in files[: len(faults) + 2])
 
@@ -188,9 +185,42 @@ def test_two_layouts_in_one_folder_and_empty_folders_are_refused(copy, tmp_path)
         path.unlink()
     assert "1 faults" in refused(copy, tmp_path / "out", *SMALL, "--check")
     found = failures(tmp_path / "out")
-    assert found == ["validation: the folder holds no .json files"]
+    assert found == ["validation: the folder holds no .json files; complete it, or remove it"]
     (copy / "data/val").mkdir()
-    assert "val/ would not be read; UMBRELLA calls it validation" in refused(copy, tmp_path / "out", *SMALL, "--check")
+    assert "one folder a split, not " in refused(copy, tmp_path / "out", *SMALL, "--check")
+
+
+@pytest.mark.parametrize("name", ["val", "dev", "eval", "valid"])
+def test_a_folder_of_validation_goes_by_its_usual_names(copy, data, name):
+    (copy / "data/validation").rename(copy / f"data/{name}")
+    found = load_demo(copy)
+    assert [example.split for example in found.examples] == [example.split for example in data.examples]
+
+
+def test_files_as_umbrella_s_repository_writes_them_are_read(mri_folder, data, tmp_path):
+    """{split}_conversations.jsonl, scans by absolute paths under a base directory, and T1 as sMRI."""
+    shutil.copytree(mri_folder / "model", tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    base = mri_folder / "data"
+    for split in ("train", "validation", "test"):
+        text = ""
+        for path in sorted((base / split).glob("*.json")):
+            entry = json.loads(path.read_text())
+            for image in (
+                part for turn in entry["conversations"] for part in turn["content"] if part["type"] == "image"
+            ):
+                image.pop("image_path", None)
+            for image in entry["images"]:
+                image["path"] = str(base / image["path"])
+            text += json.dumps({"id": f"{split}/{path.stem}", **entry}) + "\n"
+        text = text.replace('"T1"', '"sMRI"').replace('"rsfMRI"', '"fMRI"')
+        (tmp_path / f"data/{split}_conversations.jsonl").write_text(text)
+    found = load_demo(tmp_path, "--media-root", base)
+    assert [vars(tree) for tree in found.trees] == [vars(tree) for tree in data.trees]
+    text = (tmp_path / "data/train_conversations.jsonl").read_text().replace('"sMRI"', '"sMRI2"')
+    (tmp_path / "data/train_conversations.jsonl").write_text(text)
+    refused(tmp_path, tmp_path / "out", *SMALL, "--check", "--media-root", base)
+    assert "modality 'sMRI2' is not declared" in failures(tmp_path / "out")[0]
 
 
 def test_a_subject_in_two_splits_is_refused_by_name_also_as_the_second_of_two(copy, tmp_path):

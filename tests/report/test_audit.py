@@ -110,7 +110,7 @@ def test_declared_synonyms_are_no_failure(tmp_path):
         return strict(prediction, example) or {prediction, example.answer} == {"normal", "no"}
 
     assert audit_scorer(scorer, examples)["failed"] == 2
-    (tmp_path / "synonyms.txt").write_text("no\tnormal\n\npolyp | adenoma\n")
+    (tmp_path / "synonyms.txt").write_text("\ufeffno\tnormal\n\npolyp | adenoma\n", encoding="utf-8")
     lines = read_synonyms(tmp_path / "synonyms.txt")
     assert lines == [["no", "normal"], ["polyp", "adenoma"]]
     found = audit_scorer(scorer, examples, lines)

@@ -36,12 +36,8 @@ def write(folder: Path, **splits) -> Path:
     for split, given in splits.items():
         lines = []
         for i, line in enumerate(given):
-            line = {
-                "id": f"{split}{i}",
-                "group": f"{split} {i}",
-                "question": f"Is {split} {i} red?",
-                "answer": "yes",
-            } | line
+            asked = {} if "conversations" in line else {"question": f"Is {split} {i} red?", "answer": "yes"}
+            line = {"id": f"{split}{i}", "group": f"{split} {i}", **asked, **line}
             for name, image in line.pop("files", {}).items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 image.save(folder / name, quality=95)
@@ -130,14 +126,14 @@ def test_a_small_part_in_another_colour_is_another_picture(tmp_path):
     assert found(tmp_path) == []
 
 
-def test_pictures_without_structure_are_compared_by_bytes(tmp_path):
+def test_pictures_without_structure_are_compared_by_their_pixels(tmp_path):
     noise = np.random.default_rng(0).integers(0, 3, (64, 64, 3), dtype=np.uint8)  # black, as a camera sees it
     write(
         tmp_path,
         train=[shows("black.png", Image.fromarray(noise)), shows("white.png", Image.new("RGB", (64, 64), "white"))],
     )
     write(tmp_path, test=[shows("dark.png", Image.fromarray(noise[::-1])), shows("same.png", Image.fromarray(noise))])
-    assert "same.png of test is black.png" in only(tmp_path, "same file", "test.jsonl:2")
+    assert "same.png of test shows the same as black.png" in only(tmp_path, "same content", "test.jsonl:2")
     assert checked(tmp_path)["counts"]["flat"] == 3  # of four files one is the same as another
 
 
@@ -200,23 +196,40 @@ def test_copies_of_the_drawn_frames_are_found_with_their_own_original(demo_folde
     )
 
 
-def test_the_same_bytes_are_one_finding_whatever_the_name(tmp_path):
-    write(tmp_path, train=[shows("images/a.jpg", picture(1))], val=[shows("images/b.jpg", picture(1))])
-    assert only(tmp_path, "same file", "val.jsonl:1") == "images/b.jpg of val is images/a.jpg in train (train.jsonl:1)"
+def test_the_same_pixels_are_one_finding_whatever_the_name_and_format(tmp_path):
+    write(tmp_path, train=[shows("images/a.png", picture(1))])
+    write(tmp_path, val=[shows("images/b.png", Image.open(tmp_path / "images/a.png").convert("RGBA"))])
+    text = "images/b.png of val shows the same as images/a.png of train (train.jsonl:1)"
+    assert only(tmp_path, "same content", "val.jsonl:1") == text
 
 
-def test_digests_of_the_caller_are_believed(tmp_path):
+@pytest.mark.parametrize(("name", "copy"), [("a.npy", "b.npz"), ("a.npy", "mirrored.npy"), ("a.wav", "b.flac")])
+def test_scans_and_recordings_are_compared_by_what_is_in_them(tmp_path, name, copy):
+    values = np.random.default_rng(0).integers(1, 1000, (6, 5, 4)).astype(np.int16)
+    if name == "a.wav":
+        soundfile = pytest.importorskip("soundfile")
+        for file in (name, copy):
+            soundfile.write(tmp_path / file, np.tile(values.flatten() * 30, 20), 16_000)
+    else:
+        np.save(tmp_path / name, values)
+        np.savez(tmp_path / copy, values) if copy == "b.npz" else np.save(tmp_path / copy, values[::-1].astype(float))
+    field = {"a.npy": "volume", "a.wav": "audio"}[name]
+    write(tmp_path, train=[{field: name, "modality": "T1"}], test=[{field: copy, "modality": "T1"}])
+    assert f"{copy} of test shows the same as {name} of train" in only(tmp_path, "same content", "test.jsonl:1")
+
+
+def test_contents_that_the_caller_knows_are_believed(tmp_path):
     write(tmp_path, train=[shows("images/a.jpg", picture(1))], test=[shows("images/b.jpg", picture(2))])
     examples, _ = read(tmp_path)
     result = leakage.check(tmp_path, examples, {"images/a.jpg": "5e1f", "images/b.jpg": "5e1f"})
-    assert [finding["kind"] for finding in result["findings"]] == ["same file"]
+    assert [finding["kind"] for finding in result["findings"]] == ["same content"]
 
 
 def test_files_that_cannot_be_opened_are_counted_and_compared_by_name(tmp_path):
     write(tmp_path, train=[{"image": "gone.jpg", "group": None}, shows("torn.jpg", picture(1))])
     write(tmp_path, test=[{"image": "gone.jpg", "group": None}])  # its group is the file: no second finding
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:500])
-    assert "by its name" in only(tmp_path, "same file", "test.jsonl:1")
+    assert "by its name" in only(tmp_path, "same content", "test.jsonl:1")
     assert checked(tmp_path)["counts"]["not looked at"] == 2
 
 
@@ -238,7 +251,7 @@ def test_clips_that_share_frames_are_counted(video_folder, tmp_path):
     texts = {kind: text for kind, _, text in found(data)}
     assert f"8 of {len({n for clip in lines for n in clip['frames']}) - 1} frames of test" in texts["shared frames"]
     assert f"in {touched} of {len(lines)} questions, {contained} of which show nothing else" in texts["shared frames"]
-    assert "same file" in texts
+    assert "same content" in texts
 
 
 def test_a_patient_in_two_splits_is_found(tmp_path):
@@ -357,6 +370,6 @@ def test_the_published_surgical_clips_share_the_frames_that_are_known():
     assert texts["shared frames"] == (
         "869 of 3070 frames of val are in earlier splits too, in 169 of 398 questions, 45 of which show nothing else"
     )
-    assert result["counts"]["same file"] == 869 and result["counts"]["shared group"] == 3
+    assert result["counts"]["same content"] == 869 and result["counts"]["shared group"] == 3
     assert not any(f["where"].startswith("test_") for f in result["findings"])  # its video is in no other split
     assert [result["splits"][split]["questions"] for split in ("train", "val", "test")] == [2302, 398, 1000]

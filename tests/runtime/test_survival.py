@@ -448,7 +448,7 @@ def test_ten_bad_images_in_a_thousand_are_all_listed_and_exactly_those_left_out(
     names[bad[7]] = "../outside.png"
     good.save(tmp_path / "outside.png")
     path[8].unlink()
-    path[8].symlink_to(tmp_path / "outside.png")
+    path[8].symlink_to(tmp_path / "nowhere.png")
     path[9].chmod(0)
     if os.geteuid() == 0:  # whom no mode keeps from reading
         opened = Image.open
@@ -460,7 +460,7 @@ def test_ten_bad_images_in_a_thousand_are_all_listed_and_exactly_those_left_out(
 
         monkeypatch.setattr(Image, "open", unreadable)
     said = ["cannot be read", "cannot be read", "neither JPEG nor PNG", "is missing", "20000 x 15000 pixels"]
-    said += ["colour mode CMYK", "2 frames", "leads outside", "leads outside", "Permission denied"]
+    said += ["colour mode CMYK", "2 frames", "leads outside", "a link that leads nowhere", "Permission denied"]
 
     rows = [{"id": f"r{i}", "image": name, "question": "Is it red?", "answer": "no"} for i, name in enumerate(names)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import load_demo, refused, run
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 import common
 import train_llava_med as script
 from common import IGNORE, SENTINELS
-from inputs import layouts
+from inputs import images, layouts
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,54 @@ def test_nothing_is_answered_or_merged_with_a_wrong_image_token(copy, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+# --- how images are fitted -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wide(copy):
+    """The demo, whose first image is twice as wide as high."""
+    lines = (copy / "data/train.jsonl").read_text().split("\n")
+    name = json.loads(lines[0])["image"]
+    Image.open(copy / "data" / name).resize((144, 72)).save(copy / "data" / name)
+    return copy, name
+
+
+def test_what_is_cropped_away_is_said_of_the_data_s_own_images(wide, tmp_path, capsys):
+    folder, name = wide
+    run(folder, tmp_path, "--check")
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["image_fit"] == "crop"
+    assert found["pictures"]["cropped_away"]["most"] == 0.5 and found["pictures"]["cropped_away"]["file"] == name
+    assert 0 < found["pictures"]["cropped_away"]["mean"] < 0.5
+    assert f"at most 50% ({name}); --image-fit pad or squash shows all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_a_checkpoint_is_bound_to_how_images_were_fitted_and_so_is_what_is_exported(wide, tmp_path, capsys, fit):
+    folder, name = wide
+    little = ["--limit", 4, "--max-answer-tokens", 2]
+    run(folder, tmp_path / "out", *little, "--max-steps", 1, "--image-fit", fit)
+    assert "cropped away" not in capsys.readouterr().out
+    assert "image_fit was " in refused(folder, tmp_path / "out", *little, "--max-steps", 1)  # not resumed with a crop
+    run(folder, tmp_path / "out", *little, "--eval-only")
+    assert f"image_fit {fit} (from " in capsys.readouterr().out
+    run(folder, tmp_path / "out", "--merge", tmp_path / "merged")
+    picture = images.open_image(folder / "data", name)
+    trained = load_demo(folder, script, "--image-fit", fit).task.processor([picture], return_tensors="pt")
+    for saved in ("merged", "out/adapter"):  # opened by transformers
+        seen = AutoImageProcessor.from_pretrained(tmp_path / saved)([picture], return_tensors="pt")
+        assert torch.equal(seen["pixel_values"], trained["pixel_values"])
+    shutil.copytree(folder / "data", tmp_path / "again/data")
+    shutil.copytree(tmp_path / "merged", tmp_path / "again/model")
+    assert load_demo(tmp_path / "again").args.image_fit == fit  # opened by the script
+
+
+def test_images_that_would_differ_in_size_are_found_before_training(copy, tmp_path):
+    change(copy / "model/preprocessor_config.json", do_center_crop=False)
+    assert "images would differ in size; give it a crop" in refused(copy, tmp_path, "--check")
+    run(copy, tmp_path, "--check", "--image-fit", "squash")
+
+
 # --- what is trained -------------------------------------------------------------------------------------------
 
 
@@ -180,7 +229,7 @@ def test_an_image_is_found_under_each_of_its_usual_names(data, field):
 
 def test_an_example_without_an_image_says_which_fields_are_read(data):
     for entry in ({}, {"image": ""}, {"image": None}):
-        with pytest.raises(ValueError, match="no image; give one of image, image_filename, image_id, img_id"):
+        with pytest.raises(ValueError, match="no image; give one of image, image_path, image_file"):
             script.make_example(data.folder / "data", "x", None, {**entry, "question": "Is it?", "answer": "yes"})
 
 

@@ -57,7 +57,8 @@ def test_the_run_folder_is_complete(trained):
     names = {p.name for p in trained.iterdir()}
     files = {"config.json", "check.json", "metrics.jsonl", "predictions.jsonl", "results.json"}
     assert names == files | {"checkpoints", "adapter"}
-    assert {p.name for p in (trained / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    files = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"}
+    assert {p.name for p in (trained / "adapter").iterdir()} == files
     (checkpoint,) = (trained / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000002"
     files = {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
@@ -204,6 +205,18 @@ def test_a_merged_model_opens_plainly_and_generates_the_same_answers(demo_folder
     if tune == "full":
         saved, again = read_tensors(out / "model"), read_tensors(merged)
         assert saved.keys() == again.keys() and all(torch.equal(saved[k], again[k]) for k in saved)
+
+
+def test_generation_settings_that_cannot_be_saved_end_no_run_after_its_last_step(demo_folder, tmp_path):
+    """As Vicuna publishes them: transformers refuses to save a temperature without sampling. Answers are greedy."""
+    shutil.copytree(demo_folder / "model", tmp_path / "model")
+    (tmp_path / "data").symlink_to(demo_folder / "data")
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.3}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+    run(tmp_path, tmp_path / "run", *SMALL, "--tune", "full", "--max-steps", 1)
+    saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"]) == (1, 2)
+    assert not saved.keys() & {"temperature", "top_p", "repetition_penalty", "do_sample"}
 
 
 def test_merge_without_a_checkpoint_is_refused(demo_folder, tmp_path):

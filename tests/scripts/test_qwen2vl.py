@@ -50,7 +50,7 @@ def mixed_trees(data, count: int, questions: int) -> list[Prompt]:
     """Trees of a few questions each, in turn of a wide and of a square image."""
     by_size = {}
     for tree in data.trees:
-        by_size.setdefault(data.task.measured[tree.media[0]], []).append(tree)
+        by_size.setdefault(data.task.measured[tree.media[0]]["size"], []).append(tree)
     assert len(by_size) == 2
     pairs = zip(*by_size.values(), strict=False)
     return [tree.part(range(questions)) for pair in pairs for tree in pair][:count]
@@ -128,7 +128,7 @@ def test_placeholders_are_counted_as_the_image_processor_cuts_the_image(data, si
 
 def test_an_image_that_has_changed_since_the_check_is_refused(data, monkeypatch):
     tree = data.trees[0]
-    monkeypatch.setitem(data.task.measured, tree.media[0], (999, 333))
+    monkeypatch.setitem(data.task.measured, tree.media[0], {"size": (999, 333)})
     with pytest.raises(ValueError, match=f"{tree.media[0]} has another size than when it was checked"):
         data.read_media([tree])
 
@@ -273,7 +273,7 @@ def test_ranking_finds_the_argmax_over_the_model_s_own_sequence_probabilities(da
 
 def read(folder: Path, limit=None) -> list[Example]:
     """The examples of a folder, which must have no problem."""
-    examples, problems = script.read_examples(folder, SimpleNamespace(only_ids=None, limit=limit))
+    examples, problems = script.read_examples(folder, SimpleNamespace(only_ids=None, limit=limit, media_root=folder))
     assert problems == []
     return examples
 

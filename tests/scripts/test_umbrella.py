@@ -626,5 +626,5 @@ def test_skip_bad_never_leaves_out_an_entire_split_whose_labels_cannot_be_read(m
         entry.pop("metadata", None)
         entry["conversations"][-1]["content"] = [{"type": "text", "text": "I cannot tell from these scans."}]
         path.write_text(json.dumps(entry))
-    text = refused(tmp_path / "demo", tmp_path / "run", *SMALL, "--skip-bad", "--max-steps", 1)
+    text = refused(tmp_path / "demo", tmp_path / "run", *SMALL, "--skip-bad", "100%", "--max-steps", 1)
     assert text == "--skip-bad would leave out all of test; fix its examples"

@@ -10,7 +10,6 @@ from collections import Counter
 from copy import copy as shallow_copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ import common
 import train_video_plain_lm as script
 from common import IGNORE, answering_prompt, pack
 from demo.motions import motion_scene, random_motion
-from inputs import images
+from inputs import processors
 from inputs.features import Video
 from runtime import adapters
 from train_video_plain_lm import TokenPacker
@@ -539,7 +538,7 @@ def test_parameters_are_counted_at_the_published_sizes(plain_folder, tmp_path):
     path.write_text(json.dumps({"image_processor_type": "BitImageProcessor", **crop}))
     flags = ["--model", tmp_path / "model", "--vision-model", tmp_path / "vision", "--check"]
     table = printed(lambda: script.main([str(flag) for flag in flags]))
-    assert "224 x 224 pixels, 16 x 16 patches; cropped away: 23% of 1:1 and 57% of 16:9" in table
+    assert "a frame is 224 x 224 pixels, 16 x 16 patches" in table
     lines = [line.split() for line in table.partition("component")[2].split("\n")[1:] if line]
     found = {line[0]: tuple(int(n.replace(",", "")) for n in line[1:3]) for line in lines if len(line) == 3}
     packer = 4 * (768 * 768 + 768) + 2 * 768
@@ -585,6 +584,21 @@ def test_videos_that_cannot_be_used_are_refused_by_name(copy, tmp_path, kind, wo
     assert rows[0]["id"] in failure and words in failure
 
 
+def test_missing_frames_are_noticed_once_with_how_many_examples_and_the_videos_are_read(copy, tmp_path):
+    rows = rows_of(copy, "train")
+    for i in range(3):
+        save_as("folder", copy / f"data/cut{i}", drawn())
+        (copy / f"data/cut{i}/v/frame_10.png").unlink()
+        rows[i]["video"] = f"cut{i}/v"
+    write_rows(copy, "train", rows)
+    text = printed(lambda: run(copy, tmp_path, *SMALL, "--check"))
+    assert (
+        text.count("\nnotice ") == 1 and "notice (3 such, also train.json[1] and train.json[2]): train.json[0]" in text
+    )
+    gap = "as if frames were missing between cut2/v/frame_5.png and cut2/v/frame_15.png"
+    assert gap in json.loads((tmp_path / "check.json").read_text())["notices"][2]
+
+
 def test_an_animation_among_the_frames_of_a_folder_is_refused_by_name(copy, tmp_path):
     rows = rows_of(copy, "train")
     save_as("apng", copy / "data/odd", drawn())
@@ -615,17 +629,35 @@ def test_an_image_processor_that_does_not_fit_the_tower_is_refused(copy, tmp_pat
     assert words in refused(copy, tmp_path, "--check")
 
 
-def test_a_crop_that_loses_part_of_a_frame_is_said(data, plain_folder):
-    processor = SimpleNamespace(
-        do_center_crop=True, crop_size={"height": 224, "width": 224}, size={"shortest_edge": 256}
-    )
-    assert images.seen(processor, 1, 1) == pytest.approx(224**2 / 256**2)
-    assert images.seen(processor, 16, 9) == pytest.approx(224**2 / (256 * 256 * 16 / 9))
-    assert images.seen(data.task.processor, 1, 1) == 1.0
-    squashed = SimpleNamespace(do_center_crop=True, crop_size=processor.crop_size, size={"height": 256, "width": 256})
-    assert images.seen(squashed, 16, 9) == pytest.approx(224**2 / 256**2)
-    text = printed(lambda: load_demo(plain_folder, script, *vision(plain_folder)))
-    assert "a frame is 112 x 112 pixels, 16 x 16 patches; cropped away: 0% of 1:1 and 44% of 16:9" in text
+def test_what_is_cropped_from_the_frames_is_said_and_image_fit_shows_all(copy, tmp_path):
+    save_as("gif", copy / "data/wide", [frame.resize((160, 90)) for frame in drawn()])
+    rows = rows_of(copy, "train")
+    write_rows(copy, "train", [{**rows[0], "video": "wide/v.gif"}, *rows[1:]])
+    text = printed(lambda: run(copy, tmp_path / "crop", *SMALL, "--check"))
+    found = json.loads((tmp_path / "crop/check.json").read_text())
+    cropped = found["pictures"]["cropped_away"]
+    assert (found["image_fit"], cropped["file"], cropped["most"]) == ("crop", "wide/v.gif", 0.4375)
+    assert "of the pixels are cropped away, at most 44% (wide/v.gif); --image-fit pad or squash shows all" in text
+    assert "cropped away" not in printed(lambda: run(copy, tmp_path / "pad", *SMALL, "--check", "--image-fit", "pad"))
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_a_model_is_bound_to_how_its_frames_were_fitted(copy, tmp_path, fit):
+    run(copy, tmp_path / "run", *SMALL, "--max-steps", 1, "--image-fit", fit)
+    text = printed(lambda: run(copy, tmp_path / "run", *SMALL, "--eval-only"))
+    assert f"image_fit {fit} (from " in text
+    assert "image_fit was " in refused(copy, tmp_path / "run", *SMALL, "--max-steps", 1)
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run/model", again / "model")
+    shutil.copytree(copy / "data", again / "data")
+    demo = load_demo(again, script)
+    assert demo.args.image_fit == fit and processors.fit_of(demo.task.processor) == fit
+
+
+def test_features_of_frames_that_were_fitted_otherwise_are_no_features_of_theirs(copy, tmp_path):
+    flags = [*vision(copy), *LITTLE, "--from-scratch", "--cache-features", tmp_path]
+    caches = [load_demo(copy, script, *flags, *fit).task.cache for fit in ([], ["--image-fit", "pad"])]
+    assert len({cache.path(["0f"], [0]) for cache in caches}) == 2
 
 
 # --- examples --------------------------------------------------------------------------------------------------
@@ -670,10 +702,10 @@ def test_a_conversation_becomes_an_example_for_each_answer_with_what_was_said_be
         ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
         ({"video": None}, "<video> once where the entry names a video, and not otherwise"),
         ({"vidoe": "x"}, "did you mean 'video'"),
-        ({"conversations": None}, "turns must alternate"),
+        ({"conversations": None}, "the answer is empty"),
         ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": ["a"]}]}, "must be a text"),
-        ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "\ud800"}]}, "surrogates"),
-        ({"video": ["a.gif"]}, "video must be a text: ['a.gif']"),
+        ({"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "\ud800"}]}, "half a char"),
+        ({"video": ["a.gif"]}, "video must be a text, not the list"),
         ({"answer_candidates": "x"}, "answer_candidates must be a list"),
     ],
 )
@@ -696,7 +728,7 @@ def test_the_turns_of_a_conversation_are_in_one_split(copy):
     turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, "abcd", strict=True)]
     texts = [{"id": None if i % 2 else f"x{i}", "conversations": turns} for i in range(30)]
     write_rows(copy, "all", [*rows, *texts])
-    args = script.parse_arguments(["--model", "m", "--data", "d", "--out", "o"])
+    args = script.parse_arguments(["--model", "m", "--data", str(copy / "data"), "--out", "o"])
     found, problems = script.read_examples(copy / "data", args)
     assert problems == []
     splits = {}
