@@ -392,7 +392,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
     steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
@@ -414,7 +414,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             batches = next(steps)
         except Unreadable as fault:  # a file has gone since it was checked: the steps before are kept
             save(step)
-            raise SystemExit(f"step {step + 1}: {fault}. The steps before are saved: fix it and start again") from None
+            raise SystemExit(fault.ending(step + 1)) from None
         step += 1
         model.train()
         run.seed(step)  # dropout draws from (seed, step, rank): a step that is taken again draws the same

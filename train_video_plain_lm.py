@@ -141,7 +141,7 @@ class VideoTask(Task):
     remedy = "lower --slow-frames or --slow-grid"  # where an example is longer than --pack-tokens
 
     def __init__(self, folder: Path, args):
-        if not hasattr(AutoConfig.from_pretrained(folder), "vision_config"):  # saved by this script it has its tower
+        if not hasattr(models.config(folder), "vision_config"):  # saved by this script it has its tower
             models.find_part(args, "vision", "facebook/dinov2-large")  # args.vision_model: a folder now
         config = read_config(folder, args)
         super().__init__(args, models.tokenizer(folder))
@@ -324,7 +324,7 @@ class VideoPlainLM(nn.Module):
 
 def read_config(folder: Path, args):
     """The language model's configuration, with the tower's as vision_config; a saved model's layout is adopted."""
-    config = AutoConfig.from_pretrained(folder)
+    config = models.config(folder)
     if hasattr(config, "video_layout"):  # saved by this script: it has its tower
         if args.from_scratch or args.vision_model or args.vision_weights:
             raise SystemExit(f"--model {folder} was trained by this script: no --from-scratch, no other tower for it")
@@ -395,7 +395,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
     steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
@@ -417,7 +417,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             batches = next(steps)
         except Unreadable as fault:  # a file has gone since it was checked: the steps before are kept
             save(step)
-            raise SystemExit(f"step {step + 1}: {fault}. The steps before are saved: fix it and start again") from None
+            raise SystemExit(fault.ending(step + 1)) from None
         step += 1
         model.train()
         run.seed(step)  # dropout draws from (seed, step, rank): a step that is taken again draws the same

@@ -224,6 +224,7 @@ def refuse_empty(known: set, splits: dict, args) -> None:
 def overfit(loss: float, figures: dict) -> None:
     """The verdict of --overfit: exit code 1 unless every answer that was trained on is right."""
     wrong = round((1 - figures["micro"]["exact"]) * figures["micro"]["n"])
-    print(f"overfit: loss {loss:.4f}, {wrong} answers wrong (must be none)")
+    print(f"overfit: {figures['micro']['n']} examples, loss {loss:.4f}, {wrong} answers wrong (must be none)")
     if wrong:
+        print("see predictions.jsonl of that run; where nothing else is wrong, give more --max-steps or a higher --lr")
         raise SystemExit(1)

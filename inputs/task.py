@@ -136,7 +136,7 @@ def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Pr
 
 
 def read_ids(path: str) -> set[str]:
-    """Example IDs from a file: a line an ID, or a line of JSON with "ids", as in metrics.jsonl and bad_steps.jsonl."""
+    """Example IDs from a file: a line an ID, or a line of JSON with "ids", as in steps.jsonl and bad_steps.jsonl."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
         ids = [name for line in lines if line for name in (json.loads(line)["ids"] if line[0] == "{" else [line])]

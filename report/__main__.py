@@ -1,6 +1,6 @@
 """Honest numbers from runs, and a page to look at; the leakage check of a data folder; the audit of a scorer.
 
-    python -m report RUN [RUN ...]                                     # run folders of one or several scripts
+    python -m report RUN [RUN ...] --media-root DIR                    # run folders of one or several scripts
     python -m report --predictions FILE --train TRAIN.jsonl --test TEST.jsonl      # anybody's answers
     python -m report --data DIR                                        # the leakage check
 
@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="the training examples: without them there are no blind baselines")
     parser.add_argument("--synonyms", type=Path, help="answers that the audit may find right for each other, by line")
     parser.add_argument("--data", type=Path, help="data folder: the leakage check alone")
-    text = "where media are (default: beside the examples; of a run, where they were)"
+    text = "where media are (default: beside the examples; of a run, none is opened)"
     parser.add_argument("--media-root", type=Path, metavar="DIR", help=text)
     parser.add_argument("--endovis", choices=layouts.ENDOVIS, help="the published split of --data's EndoVis-18-VQA")
     args = parser.parse_args(argv)
@@ -44,6 +44,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if len(args.runs) != 1:
             parser.error("--out required")
         args.out = args.runs[0] / "report"
+        if any(path.is_symlink() for path in (args.out, *args.out.glob("*"))):  # laid there by whoever made the folder
+            parser.error(f"{args.out} is or holds a link, and what it leads to would be overwritten; give --out")
     return args
 
 

@@ -4,6 +4,7 @@ import copy
 import random
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 
 import common
 
@@ -17,13 +18,17 @@ def prepare(asked: list, trees: list, task, run) -> tuple:
     run = replace(run, folder=run.folder / "blind" / run.args.blind)
     if run.args.blind == "blank":
         blanked = copy.copy(task)
-        blanked.read_media = lambda data, trees: task.blank(task.read_media(data, trees))
+        blanked.read_media = partial(nothing_to_see, task)  # no lambda: a worker may get it pickled
         return asked, trees, blanked, run
     asked = exchange(asked, task)
     trees, faults = common.build_trees(asked, task)
     if faults:
         raise SystemExit("\n".join(f"{where}: {text}" for where, text in faults.items()))
     return asked, trees, task, run
+
+
+def nothing_to_see(task, data, trees: list) -> dict:
+    return task.blank(task.read_media(data, trees))
 
 
 def exchange(examples: list, task) -> list:

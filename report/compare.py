@@ -41,7 +41,7 @@ def seeds_of(found: list[dict]) -> list[dict]:
             alike[json.dumps([run["script"], run["split"], settings], sort_keys=True)].append(run)
     aggregated = []
     for part in alike.values():
-        seeds = [run["settings"]["seed"] for run in part]
+        seeds = [run["settings"].get("seed") for run in part]
         if len(set(seeds)) > 1:
             kinds = sorted(set.intersection(*(set(run["types"]) for run in part)))
             types = {kind: spread([run["types"][kind]["exact"] for run in part]) for kind in kinds}

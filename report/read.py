@@ -15,12 +15,9 @@ def read_run(folder: Path) -> dict:
     if not path.is_file():
         raise SystemExit(f"{folder}: no predictions.jsonl; answer with the script's --eval-only first")
     config, results, check = (read_or_empty(folder / f"{name}.json") for name in ("config", "results", "check"))
-    settings = config.get("settings", {})
-    data = results.get("media_root") or results.get("data", settings.get("data"))  # where media are
     return {
         "name": str(folder),
         "folder": folder,
-        "data": Path(data) if data else None,
         "records": read_records(path),
         "metrics": [line for _, line in read_jsonl(metrics)[0]] if metrics.is_file() else [],
         "example": check.get("example"),
@@ -28,8 +25,8 @@ def read_run(folder: Path) -> dict:
         "leakage": check.get("leakage"),
         "own": {name: value for name, value in results.items() if isinstance(value, float)},  # of its script
         **{name: results.get(name) for name in (*ANSWERED, "cut_off")},
-        **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}}.items()},
-        **{"script": config.get("script"), "git_commit": config.get("git_commit"), "settings": settings},
+        **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}, "settings": {}}.items()},
+        **{name: config.get(name) for name in ("script", "git_commit")},
     }
 
 

@@ -1,9 +1,12 @@
 """From records to results: baselines beside every record, the table, predictions.jsonl, results.json and the page."""
 
+from pathlib import Path
+
 from report.baselines import blind_answers
 from report.summary import results_table, summarise
 from report.write import write_report
 from runtime.files import write_json, write_jsonl
+from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
 
 
@@ -20,13 +23,14 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     results |= {"data": str(args.data), "media_root": args.media_root}
     results |= {"max_answer_tokens": args.max_answer_tokens, "limit": args.limit}
     predictions = run.folder / "predictions.jsonl"
+    on_first_rank(lambda: refuse_lost(run.folder))
     write_jsonl(predictions, records)
     print(results_table(results))
     results |= own() if own else {}  # only now: what fails there costs no answers
     write_json(run.folder / "results.json", results)
     print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:
-        on_first_rank(lambda: write_report(run.folder))
+        on_first_rank(lambda: write_report(run.folder, Path(args.media_root)))
     return results
 
 

@@ -32,11 +32,9 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
     faults name some of these files, and count the others.
     """
     named = {name for record in records for name in record["media"]}
-    if folder is None or not named:
-        return [], [[] for _ in records], []
-    if not folder.is_dir():
-        where = "start python -m report in the folder where the run was started, or give --media-root"
-        return [], [[] for _ in records], [f"the data folder {folder} is not here: {where}"]
+    if folder is None or not folder.is_dir():  # a run folder may be a stranger's
+        why = f"the data folder {folder} is not here" if folder else "no path that a run folder names is opened"
+        return [], [[] for _ in records], [f"{why}; give --media-root, the folder of the media"] if named else []
     jobs = [(i, thing) for i, record in enumerate(records) for thing in things(record["media"])]
     # the bits of the index reversed: 0, n/2, n/4, 3n/4 … are even
     jobs.sort(key=lambda job: (job[1][0] == "sound", records[job[0]]["correct"], int(f"{job[0]:040b}"[::-1], 2)))

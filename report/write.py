@@ -43,14 +43,14 @@ def write(runs: list[dict], out: Path) -> dict:
     return result
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, media: Path) -> None:
     """RUN/report, for a script that has answered. A failure here is printed and fails no run: its results are saved."""
     try:
-        write([read_run(folder)], folder / "report")
+        write([read_run(folder) | {"data": media}], folder / "report")
         print(f"the report is {folder / 'report' / 'report.html'}")
     except (Exception, SystemExit):
         traceback.print_exc()
-        print(f"no report was written; python -m report {folder} tries again")
+        print(f"no report was written; python -m report {folder} --media-root {media} tries again")
 
 
 def print_result(result: dict) -> None:

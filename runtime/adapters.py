@@ -31,7 +31,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if lora_layers(model):
         load_adapter(model, folder)
         return
-    tensors = load_file(Path(folder) / "model.safetensors")
+    tensors = read_tensors(Path(folder) / "model.safetensors")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes, expected = ({name: t.shape for name, t in found.items()} for found in (tensors, trained))
     wrong = {name for name, _ in shapes.items() ^ expected.items()}
@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, folder: Path) -> list[str]:
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     refuse_unsupported(config, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     if not lora_layers(model):
@@ -113,6 +113,15 @@ def load_adapter(model: nn.Module, folder: Path) -> list[str]:
             raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)}, the model {tuple(places[key].shape)}")
     copy(tensors, places)
     return names
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors. ValueError where they are of a number format that weights do not have."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, not float32, bfloat16 or float16")
+    return tensors
 
 
 def refuse_unsupported(config: dict, folder: Path) -> None:

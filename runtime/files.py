@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,18 +46,19 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path: Path, lines: list[dict]) -> None:
-    """The same for a file of JSON lines."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
+    """The same for a file of JSON lines, one at a time."""
+    write_text(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def write_text(path: Path, text: str) -> None:
-    """The same for any text."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """The same for any text, or its pieces."""
     if rank() == 0:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".writing")
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines([text] if isinstance(text, str) else text)
             sync(temporary)
             temporary.replace(path)
 

@@ -1,9 +1,12 @@
 """The flags that every script shares, and how they are parsed, printed and adopted."""
 
 import argparse
+import math
 import os
 import sys
 import textwrap
+from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,18 +18,24 @@ ANSWERS = {"free": "greedy", "trie": "constrained", "score": "ranked"}  # names 
 OVERFIT_STEPS = 200  # of --overfit, unless --max-steps is given
 
 
-def positive(text: str) -> int:
-    """A count of at least one, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
+def number(kind, allowed: str, holds):
+    """A type for argparse: a text is refused where kind(text) fails, or is a number for which `holds` is false."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if holds(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+
+    return read
 
 
-def share(text: str) -> float:
-    """A share from 0 to 1, for argparse."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
+positive = number(int, "a positive integer", lambda n: n > 0)
+count = number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
+share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
+chance = number(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
+above_0 = number(float, "a finite number above 0", lambda x: 0 < x < math.inf)
+from_0 = number(float, "a finite number from 0", lambda x: 0 <= x < math.inf)
 
 
 def percent(text: str) -> float:
@@ -56,14 +65,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def wide(prog: str) -> Help:
-    return Help(prog, max_help_position=28, width=120)
-
-
 class Parser(argparse.ArgumentParser):
     """Says of a flag that it does not know what it is called here, and keeps --help short."""
 
     def __init__(self, doc: str):
+        wide = partial(Help, max_help_position=28, width=120)
         super().__init__(description=doc, formatter_class=wide, allow_abbrev=False, add_help=False)
         self.usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
 
@@ -106,19 +112,18 @@ def add_data(add) -> None:
 
 def add_trained(add, tunings: dict[str, str]) -> None:
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in tunings.items())
-    choices = list(tunings)
-    add("--tune", choices=choices, default=choices[0], help=f"{meanings} (default: %(default)s)")
+    add("--tune", choices=[*tunings], default=next(iter(tunings)), help=f"{meanings} (default: %(default)s)")
     add("--lora-r", type=positive, metavar="R", default=16, help="rank of the adapters (default: %(default)s)")
-    add("--lora-alpha", type=float, metavar="A", default=32, help="they are scaled by A / R (default: %(default)s)")
-    add("--lora-dropout", type=share, metavar="P", default=0.05, help="probability, 0 to 1 (default: %(default)s)")
+    add("--lora-alpha", type=above_0, metavar="A", default=32, help="they are scaled by A / R (default: %(default)s)")
+    add("--lora-dropout", type=chance, metavar="P", default=0.05, help="probability, below 1 (default: %(default)s)")
 
 
 def add_training(add) -> None:
-    add("--lr", type=float, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--lr", type=from_0, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
     text = "share of the steps until the peak; then half a cosine to zero (default: %(default)s)"
     add("--warmup", type=share, metavar="SHARE", default=0.03, help=text)
-    add("--weight-decay", type=float, metavar="W", default=0.0, help="AdamW's, a step W x lr (default: %(default)s)")
-    add("--clip", type=float, metavar="NORM", default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--weight-decay", type=from_0, metavar="W", default=0.0, help="matrices lose W x lr (default: %(default)s)")
+    add("--clip", type=above_0, metavar="NORM", default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--epochs", type=positive, metavar="N", default=1, help="passes over the data (default: %(default)s)")
     add("--max-steps", type=positive, metavar="N", help="end after N optimizer steps (default: all of the epochs)")
     text = "most questions of an optimizer step, over all ranks (default: %(default)s)"
@@ -127,7 +132,7 @@ def add_training(add) -> None:
     add("--pack-tokens", type=positive, metavar="N", default=4096, help=text)
     text = "read an image once for all its questions (default: yes)"
     add("--share-prefix", action=YES_NO, default=True, help=text)
-    add("--seed", type=int, metavar="N", default=0, help="of every random draw (default: %(default)s)")
+    add("--seed", type=count, metavar="N", default=0, help="of every random draw (default: %(default)s)")
 
 
 def add_machine(add) -> None:
@@ -135,7 +140,7 @@ def add_machine(add) -> None:
     text = "number format (default: bf16 on a GPU, fp32 on a CPU)"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=text)
     text = "processes that read media (default: 0, in the trainer itself)"
-    add("--workers", type=int, metavar="N", default=0, help=text)
+    add("--workers", type=count, metavar="N", default=0, help=text)
     text = "several ranks: a complete model each, or decoder layers sharded over them (default: %(default)s)"
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=text)
     text = "compute activations again: less memory, slower (default: no)"
@@ -153,9 +158,8 @@ def add_saving(add) -> None:
     add("--resume", default="auto", metavar="WHAT", help=text)
     text = "resume although settings or data have changed since the checkpoint (default: no)"
     add("--resume-anyway", action="store_true", help=text)
-    splits = ["test", "val", "train"]
     text = "split that is answered at the end: test, val or train (default: %(default)s)"
-    add("--eval-split", choices=splits, metavar="SPLIT", default="test", help=text)
+    add("--eval-split", choices=["test", "val", "train"], metavar="SPLIT", default="test", help=text)
     choices = ["greedy", "constrained", "ranked", "both"]
     text = "greedy: token by token; constrained: so, among allowed answers; ranked: the likeliest allowed answer, with "
     text += "probabilities; both: greedy, and ranked besides (default: %(default)s)"
@@ -190,9 +194,7 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--media-root {args.media_root}: no such folder")
     if args.merge and args.resume == "auto" and not args.out:
         parser.error("--merge: --out RUN required, or --resume FOLDER")
-    modes = [
-        f"--{mode.replace('_', '-')}" for mode in ("check", "overfit", "eval_only", "merge") if getattr(args, mode)
-    ]
+    modes = [f"--{name.replace('_', '-')}" for name in ("check", "overfit", "eval_only", "merge") if vars(args)[name]]
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)}: one at a time")
     if args.blind and not args.eval_only:

@@ -4,7 +4,11 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors
+from huggingface_hub.errors import StrictDataclassError
 
 
 def find(name: str, weights: bool = True, tries: int = 5, flag: str = "--model") -> Path:
@@ -45,13 +49,21 @@ def download(name: str, weights: bool, tries: int, flag: str) -> Path:
 def problems(folder: Path, weights: bool = True) -> list[str]:
     """What is missing or cut off in a model folder, one line a fault; reads headers only, so it takes seconds."""
     found = [f"{path}: a download that did not finish; run it again" for path in sorted(folder.rglob("*.incomplete"))]
+    if (folder / "adapter_config.json").exists():  # peft, where it is installed, would load it without a word
+        return [f"{folder / 'adapter_config.json'}: an adapter is no model: merge it first (--merge), or remove it"]
     if not (folder / "config.json").is_file():
         found.append(f"{folder / 'config.json'}: missing")
     for path in sorted(folder.glob("*.json")):
         try:
-            read_json(path)
+            value = read_json(path)
+            if path.name == "model.safetensors.index.json":
+                weight_files(folder)
+            elif path.name.endswith("config.json"):
+                value.keys()
         except ValueError as error:
             found.append(f"{path}: truncated or not JSON ({error}); download it again")
+        except (KeyError, TypeError, AttributeError):
+            found.append(f"{path}: JSON, but not as in a model's file of that name; download it again")
     if found:
         return found
     if read_json(folder / "config.json").get("quantization_config"):
@@ -79,18 +91,11 @@ def safetensors_fault(path: Path) -> str | None:
     """Why a file of weights cannot be used, from its header and size alone; None where it can."""
     if not path.is_file():
         return "missing; download the model again"
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                return f"truncated or not safetensors ({size} bytes); download it again"
-            header = json.loads(file.read(length))
-    except ValueError as error:
-        return f"unreadable header ({error}); download it again"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    return None if size == expected else f"{size} bytes instead of {expected}: truncated; download it again"
+        with safetensors.safe_open(path, "np"):  # it compares the header's shapes with the file's size
+            return None
+    except (safetensors.SafetensorError, OSError) as error:
+        return f"truncated or not safetensors ({path.stat().st_size} bytes: {error}); download it again"
 
 
 def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
@@ -101,6 +106,8 @@ def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
     digest = hashlib.sha256()
     model = [p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")]
     for path in sorted(model if files is None else files):
+        if path.name == "generation_config.json":  # answers are greedy, and end at the tokenizer's EOS
+            continue
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
             file.seek(max(0, path.stat().st_size - 2**20))
@@ -108,5 +115,21 @@ def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def readable(what: str):
+    """Ends the program where a folder cannot be read, or a model needs Python code from it, which never runs."""
+    try:
+        yield
+    except (ValueError, OSError, safetensors.SafetensorError, StrictDataclassError) as error:  # the last: config.json
+        own = "it needs Python code of its own, which never runs here; use a model that transformers reads without"
+        raise SystemExit(f"{what}: {own if 'custom code' in str(error) else error}") from None
+
+
 def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    """ValueError where a file is not JSON, or larger or deeper than any of a model's."""
+    if path.stat().st_size > 2**28:
+        raise ValueError(f"{path.stat().st_size} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("lists within lists without end") from None

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -16,9 +17,9 @@ from runtime.ranks import on_first_rank
 class Lock:
     """Held by a run while it writes its folder; a second run is refused, a dead one's lock taken.
 
-    Whether a process of this host lives is asked of the kernel. Of another host nothing can be asked: there the owner
-    touches the file every ten seconds, and a lock that nobody touches for two minutes is a dead run's (one minute is
-    how long a network file system may show an old time).
+    Whether a process of this host and container lives is asked of the kernel. Of another nothing can be asked: there
+    the owner touches the file every ten seconds, and a lock that nobody touches for two minutes is a dead run's (one
+    minute is how long a network file system may show an old time).
     """
 
     touch, patience = 10.0, 120.0  # seconds
@@ -68,7 +69,7 @@ class Lock:
         except (ValueError, KeyError, TypeError):
             owner, where = {}, "an unknown process"
         living = f"{self.path.parent} is in use by {where}: stop it first, or use another --out"
-        if owner.get("host") == socket.gethostname():
+        if owner.items() >= place().items():
             if owner == process(owner["pid"]):
                 raise SystemExit(living)
         else:
@@ -95,23 +96,39 @@ class Lock:
 
 
 def text_of(path: Path) -> str | None:
-    """What a lock says, None where there is none."""
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
+    """What a lock says, None where there is none. SystemExit where it is no file of text."""
+    with suppress(UnicodeDecodeError):
+        try:
+            if stat.S_ISREG(path.lstat().st_mode):
+                return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+    raise SystemExit(f"{path} is a folder, a link or no text, and no run's: remove it, or use another --out")
+
+
+def place() -> dict:
+    """Where a process number means something: containers with the same host name count their processes alone."""
+    with suppress(OSError):  # other systems than Linux have no /proc
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"host": socket.gethostname(), "processes": f"{kernel} {os.readlink('/proc/self/ns/pid')}"}
+    return {"host": socket.gethostname()}
 
 
 def process(pid: int) -> dict | None:
     """A living process of this host, known by its number and by when it began; None where it is dead."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text() if sys.platform == "linux" else os.kill(pid, 0)
+        found = Path(f"/proc/{pid}/stat").read_text() if sys.platform == "linux" else os.kill(pid, 0)
     except (ProcessLookupError, FileNotFoundError):
         return None
-    fields = stat.rpartition(")")[2].split() if stat else [""] * 20
-    return None if fields[0] == "Z" else {"host": socket.gethostname(), "pid": pid, "began": fields[19]}
+    fields = found.rpartition(")")[2].split() if found else [""] * 20
+    return None if fields[0] == "Z" else {**place(), "pid": pid, "began": fields[19]}
 
 
-def taken_over(folder: Path) -> bool:
-    """Whether another run has taken a folder that this process owns."""
-    return text_of(folder / "lock") not in (None, json.dumps(process(os.getpid())))
+def refuse_lost(run: Path, file=None) -> None:
+    """SystemExit where the run folder is another run's now, or gone; `file` is its metrics.jsonl, open."""
+    path = run if file is None else run / "metrics.jsonl"
+    if not path.exists() or (file is not None and not os.path.samefile(path, file.fileno())):
+        text = "was renamed or removed while this run wrote it, and nothing more is written"
+        raise SystemExit(f"{path} {text}: give it its name back and start the same command again")
+    if text_of(run / "lock") not in (None, json.dumps(process(os.getpid()))):
+        raise SystemExit(f"another run has taken {run} over (see {run / 'lock'}): nothing more is written")

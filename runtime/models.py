@@ -15,8 +15,11 @@ from transformers import AutoConfig
 import common
 from runtime import adapters, checkpoints, folders, show
 from runtime.files import replacing, write_json, writing
-from runtime.folders import read_json
+from runtime.folders import read_json, readable
 from runtime.ranks import on_first_rank, rank
+
+# a part of a model may name Python code too; transformers would ask on the terminal whether to run it
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 # ---- folders ----
 
@@ -56,19 +59,21 @@ def part_fingerprint(folder: Path) -> str:
     return folders.fingerprint(folder, [*small, *folders.weight_files(folder)])[:12]
 
 
-def config(folder: Path, kinds: str | tuple[str, ...], remedy: str = "", flag: str = "--model"):
-    """The configuration, whose model_type must be `kinds`, or one of them."""
+def config(folder: Path, kinds: str | tuple[str, ...] = (), remedy: str = "", flag: str = "--model"):
+    """The configuration, whose model_type must be `kinds`, or one of them; without, any that transformers has."""
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     found = read_json(folder / "config.json").get("model_type")
-    if found not in kinds:
+    if kinds and found not in kinds:
         text = f"{flag} {folder}: model_type {found!r}, not {' or '.join(map(repr, kinds))}"
         raise SystemExit(f"{text}; {remedy}" if remedy else text)
-    return AutoConfig.from_pretrained(folder)
+    with readable(f"{flag} {folder}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def tokenizer(folder: Path):
     """The checkpoint's tokenizer, with its chat template wherever that stands; says where it was found."""
-    found = transformers.AutoTokenizer.from_pretrained(folder)  # reads the first and the third of these
+    with readable(f"--model {folder}"):  # it reads the first and the third of these
+        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         saved = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
@@ -117,19 +122,18 @@ def open_model(
     is that part of a larger model whose names begin so; transformers translates the rest of them, load_part does not.
     `from_scratch` alone draws the weights; under torch.device("meta") there are none.
     """
-    try:
+    settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+    with readable(f"--model {folder}"):  # it ends where there is no such model, or none whose attention takes a mask
         if without_weights() or from_scratch:
             if not hasattr(kind, "from_config"):  # no Auto class
                 return kind(config)
-            return kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            return kind.from_config(config, **settings)
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
         names = {rf"^{re.escape(part)}": ""} if part else None
-        settings = {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "key_mapping": names}
+        settings |= {"config": config, "key_mapping": names}
         model, found = kind.from_pretrained(folder, **settings, output_loading_info=True)
         transformers.logging.set_verbosity(level)
-    except ValueError as error:  # no such model, or none whose attention takes a mask
-        raise SystemExit(f"--model {folder}: {error}") from None
     missing = sorted(name for name in found["missing_keys"] if not (replaced and replaced in name))
     if missing:
         text = f"{len(missing)} weights are missing, such as {missing[0]}; download it again"
@@ -182,6 +186,12 @@ def checkpoint_gradients(vlm: nn.Module, args) -> None:
 
 
 # ---- counting, merging, writing ----
+
+
+def decay_matrices(trained: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """The optimizer's parameters in two groups: weight decay for matrices, none for biases and the scales of norms."""
+    groups = [p for p in trained.values() if p.ndim > 1], [p for p in trained.values() if p.ndim < 2]
+    return [{"params": group, "weight_decay": w} for group, w in zip(groups, (weight_decay, 0.0), strict=True)]
 
 
 def print_trained(vlm: nn.Module) -> None:
@@ -239,7 +249,8 @@ def write_final(load_model, folder: Path, task, run) -> None:
 def write_model(load_model, folder: Path, task, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
     """The merged model in `dtype`, with tokenizer, image processor and the small files of the folder it came from."""
     vlm = load_model(folder, task, dtype).vlm
-    adapters.load_trained(vlm, checkpoint)
+    with readable(f"{checkpoint} cannot be used"):
+        adapters.load_trained(vlm, checkpoint)
     target.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:

@@ -4,12 +4,12 @@ RUN/checkpoints/step-00000200 holds adapter or model.safetensors, optimizer.safe
 with every file's sha256.
 """
 
-import json
 import shutil
 from pathlib import Path
 
-from runtime import lock
 from runtime.files import sha256, sync, write_json, writing
+from runtime.folders import read_json
+from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
 
 KEPT = 2  # the newest checkpoints of a run
@@ -29,8 +29,7 @@ def save(run: Path, step: int, write, state: dict) -> None:
     temporary = folder.with_suffix(".writing")
 
     def write_all() -> None:
-        if lock.taken_over(run):
-            raise SystemExit(f"another run has taken {run} over (see {run / 'lock'}); step {step} is not saved")
+        refuse_lost(run)
         try:
             with writing(folder):
                 fill(temporary, write, state)
@@ -63,9 +62,11 @@ def fill(folder: Path, write, state: dict) -> None:
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
     except (OSError, ValueError) as error:
         return f"no readable manifest ({error})"
+    if not isinstance(manifest, dict) or not {"state.json", "optimizer.safetensors"} <= manifest.keys():
+        return "its manifest.json does not name state.json and optimizer.safetensors"
     for name, digest in manifest.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -65,9 +65,11 @@ def read_tensors(folder: Path) -> dict:
 
 
 def metrics_of(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what is measured by the clock."""
+    """The lines of metrics.jsonl without what is measured by the clock, those of steps with the IDs of steps.jsonl."""
     measured = {"tokens_per_s", "questions_per_s", "peak_memory_mb"}
-    return [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
+    lines = [{k: v for k, v in line.items() if k not in measured} for line in read_lines(out / "metrics.jsonl")]
+    ids = {line["step"]: line["ids"] for line in read_lines(out / "steps.jsonl")}
+    return [line | ({"ids": ids[line["step"]]} if "loss" in line else {}) for line in lines]
 
 
 def stop_in(monkeypatch, step: int, script=train_llava_med) -> None:

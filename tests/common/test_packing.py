@@ -436,6 +436,7 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
     trees[-1].branches = [(ids + ids[-5:] * 8, labels + ids[-5:] * 8) for ids, labels in trees[-1].branches]
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     monkeypatch.setattr(script.checkpoints, "Saver", lambda *_: lambda step: None)
+    monkeypatch.setattr(script.models, "decay_matrices", lambda trained, decay: list(trained.values()))  # one group
 
     def step(sequences, max_tokens):
         assert len(pack(trees, max_tokens)) == sequences
@@ -443,6 +444,7 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
         folder = tmp_path / str(sequences)
         folder.mkdir()
         run = Run(args, folder, torch.device("cpu"), torch.float32, StopSignal())
+        run.epochs = [1.0]
         loss = script.train(model, [trees], 0, [], data.task, run)
         run.closing.close()
         return {"loss": torch.tensor(loss), **Recorder.gradients}

@@ -285,7 +285,7 @@ def test_skip_bad_leaves_out_exactly_the_rows_with_faults_and_trains_on_the_rest
     assert {split: counts["questions"] for split, counts in report["splits"].items()} == {
         split: len(names) for split, names in left.items()
     }
-    trained = [name for line in read_lines(out / "metrics.jsonl") for name in line.get("ids", [])]
+    trained = [name for line in read_lines(out / "steps.jsonl") for name in line["ids"]]
     assert sorted(trained) == sorted(left["train"])
     assert [line["id"] for line in read_lines(out / "predictions.jsonl")] == left["test"]
 

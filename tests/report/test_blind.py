@@ -1,11 +1,13 @@
 """Blind runs: every script answers with nothing to see, or with the media of another group."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
 from helpers import read_lines, run, task_class
 
 from report.blind import exchange
+from runtime import batches
 
 
 def test_every_script_answers_without_seeing(demo, tmp_path):
@@ -17,6 +19,8 @@ def test_every_script_answers_without_seeing(demo, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         task, blank = task_class(script), task_class(script).blank
         patch.setattr(task, "blank", lambda self, media: given.append(blank(self, media)) or given[-1])
+        load = batches.load  # what is read in workers is sent to them pickled, where they are not forked
+        patch.setattr(batches, "load", lambda items, run: load(pickle.loads(pickle.dumps(items)), run))
         run(folder, tmp_path, *flags, "--eval-only", "--blind", "blank", script=script)
     pixels = [media.get("pixel_values") for media in given]
     pixels += [video.pixels for media in given for video in media.get("videos", [])]

@@ -279,6 +279,33 @@ def test_the_command_line_writes_what_the_script_wrote(trained, capsys):
     assert "0 wrongly called right" in capsys.readouterr().out
 
 
+def test_a_strangers_run_folder_opens_and_overwrites_nothing_outside_it(trained, demo_folder, tmp_path, capsys):
+    out, private = shutil.copytree(trained[0], tmp_path / "run"), tmp_path / "private"
+    shutil.copytree(demo_folder / "data", private)
+    hostile = {"data": str(private), "media_root": str(private), "argv": ["; touch pwned"], "script": "evil.py"}
+    for name in ("config", "results"):
+        found = json.loads((out / f"{name}.json").read_text())
+        write_json(out / f"{name}.json", {**found, **hostile, "settings": hostile})
+    places, paths = (str(out), str(private), str(demo_folder)), []
+
+    def opened(event, args):
+        if event == "open" and str(args[0]).startswith(places):
+            paths.append(str(args[0]))
+
+    sys.addaudithook(opened)
+    main([str(out)])
+    assert paths and all(path.startswith(str(out)) for path in paths)
+    page = (out / "report/report.html").read_text()
+    assert "data:image/jpeg" not in page and "No pictures: no path that a run folder names is opened" in page
+    main([str(out), "--media-root", str(demo_folder / "data")])
+    assert "data:image/jpeg" in (out / "report/report.html").read_text()
+    assert not any(path.startswith(str(private)) for path in paths)
+    (out / "report/exact.svg").symlink_to(private / "test.jsonl")
+    with pytest.raises(SystemExit):
+        main([str(out)])
+    assert "report is or holds a link" in capsys.readouterr().err
+
+
 def test_several_runs_stand_side_by_side(trained, tmp_path, capsys):
     out, _ = trained
     shutil.copytree(out, tmp_path / "second")
@@ -325,7 +352,7 @@ def test_blind_runs_stand_beside_the_run_unless_they_were_answered_otherwise(dem
 def test_a_report_that_cannot_be_written_fails_no_run(trained, tmp_path, capsys, monkeypatch):
     shutil.copytree(trained[0], tmp_path / "run")
     monkeypatch.setattr(write, "summarise_run", lambda run: 1 / 0)
-    write.write_report(tmp_path / "run")
+    write.write_report(tmp_path / "run", tmp_path)
     assert "no report was written; python -m report" in capsys.readouterr().out
 
 

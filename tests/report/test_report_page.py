@@ -216,11 +216,13 @@ def test_files_that_are_missing_damaged_too_large_or_outside_are_left_out(media_
 
 
 def test_without_a_data_folder_there_is_nothing_to_show(tmp_path, monkeypatch):
-    assert thumbnails.thumbnails(None, [record("1.jpg")], 10**6) == ([], [[]], [])
+    assert thumbnails.thumbnails(None, [record()], 10**6) == ([], [[]], [])
+    advice = "give --media-root, the folder of the media"
+    fault = f"no path that a run folder names is opened; {advice}"
+    assert thumbnails.thumbnails(None, [record("1.jpg")], 10**6) == ([], [[]], [fault])
     monkeypatch.chdir(tmp_path)
     media, of, faults = thumbnails.thumbnails(Path("data/mine"), [record("1.jpg")] * 3, 10**6)
-    advice = "start python -m report in the folder where the run was started, or give --media-root"
-    assert (media, of, faults) == ([], [[]] * 3, [f"the data folder data/mine is not here: {advice}"])
+    assert (media, of, faults) == ([], [[]] * 3, [f"the data folder data/mine is not here; {advice}"])
     html = html_of(a_report(), a_gallery(3), [], [], {}, faults)
     assert "<p>No pictures: the data folder data/mine is not here" in html and "What is not shown" not in html
 

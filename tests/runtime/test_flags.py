@@ -166,13 +166,34 @@ def test_overfitting_takes_200_steps_or_max_steps():
     assert train_llava_med.parse_arguments([*NEEDED, "--overfit", "8", "--max-steps", "3"]).epochs == 3
 
 
-@pytest.mark.parametrize("flag", ["--warmup", "--lora-dropout"])
-@pytest.mark.parametrize("value", ["100", "-0.1", "nan"])
-def test_a_share_is_between_0_and_1(flag, value, capsys):
-    """--warmup 100 of 500 steps, meant as a number of steps, would end with a hundredth of the learning rate."""
-    with pytest.raises(SystemExit):
-        train_llava_med.parse_arguments([*NEEDED, flag, value])
-    assert f"argument {flag}: {value} is not between 0 and 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flag", "values", "allowed"),
+    [
+        ("--lr", "-1 nan inf fast", "a finite number from 0"),
+        ("--clip", "0 -1 nan inf 1e999", "a finite number above 0"),
+        ("--lora-alpha", "0 -2 nan inf", "a finite number above 0"),
+        ("--weight-decay", "-1 nan inf x", "a finite number from 0"),
+        ("--warmup", "100 -0.1 nan inf", "between 0 and 1"),
+        ("--lora-dropout", "1 2 -0.1 nan", "at least 0 and below 1"),
+        ("--workers", "-1 1.5 nan", "an integer from 0 to 2^63 - 1"),
+        ("--seed", "-1 1.5 99999999999999999999", "an integer from 0 to 2^63 - 1"),
+        ("--epochs", "0 -1 1.5 nan", "a positive integer"),
+        ("--lora-r", "0 -1 8.0", "a positive integer"),
+    ],
+)
+def test_a_number_that_trains_nothing_or_garbage_is_refused(flag, values, allowed, capsys):
+    """--clip 0 trained nothing without a word; --warmup 100 of 500 steps would end at a hundredth of the rate."""
+    for value in values.split():
+        with pytest.raises(SystemExit, match="2"):
+            train_llava_med.parse_arguments([*NEEDED, flag, value])
+        assert f"argument {flag}: {value} is not {allowed}" in capsys.readouterr().err
+
+
+def test_numbers_at_the_edge_are_taken():
+    given = ["--weight-decay", "0", "--warmup", "1", "--lora-dropout", "0", "--workers", "0", "--lora-alpha", "0.5"]
+    args = train_llava_med.parse_arguments([*NEEDED, *given, "--clip", "1e9", "--lr", "1e-30"])
+    assert (args.weight_decay, args.warmup, args.lora_dropout, args.workers, args.lora_alpha) == (0, 1, 0, 0, 0.5)
+    assert (args.clip, args.lr) == (1e9, 1e-30)
 
 
 def test_two_modes_at_once_are_refused(capsys):

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,8 +172,73 @@ def test_a_metrics_line_with_a_line_separator_in_an_id_is_kept(tmp_path):
         with ExitStack() as closing:
             metrics = Metrics(SimpleNamespace(folder=tmp_path, args=args, closing=closing), start, 2)
             if start == 0:
-                metrics.write(**line)
+                metrics.write_line(**line)
     assert read_lines(tmp_path / "metrics.jsonl") == [line]
+
+
+def test_a_long_metrics_file_with_bad_bytes_is_read_a_line_at_a_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0, "more": "x" * 200}) + "\n" for step in range(1, 20_001)]
+    lines[4_000], lines[9_000] = '{"step": 4000, "val_loss": 0.25}\n', "[" + lines[9_000][1:]
+    data = "".join(lines).encode()
+    path.write_bytes(data[:500_000] + b"\xff\x00" + data[500_002:])
+    tracemalloc.start()
+    with ExitStack() as closing:
+        run = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(log_to=[]), closing=closing)
+        metrics = Metrics(run, 15_000, 20_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300_000 < len(data) / 10
+    assert metrics.val_losses == {4000: 0.25}
+    kept = read_lines(path)
+    assert kept[-1]["step"] == 15_000 and 14_997 <= len(kept) <= 14_999
+
+
+def test_a_run_resumed_with_other_settings_keeps_the_ids_of_the_steps_before(demo_folder, undisturbed, tmp_path):
+    out = stopped_copy(undisturbed, tmp_path / "run", 4)
+    run(demo_folder, out, *LORA, "--seed", 7, "--resume-anyway")
+    mine, theirs = (read_lines(folder / "steps.jsonl") for folder in (out, undisturbed))
+    assert [line["step"] for line in mine] == list(range(1, len(mine) + 1))
+    assert mine[:4] == theirs[:4] and mine[4:] != theirs[4:]
+
+
+def test_the_epoch_counts_passes_over_the_data_however_early_the_run_ends(demo_folder, undisturbed, tmp_path, capsys):
+    def epochs(folder):
+        return [line["epoch"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+
+    assert epochs(undisturbed)[3] == 1.0 and epochs(undisturbed)[-1] == 2.0
+    run(demo_folder, tmp_path / "run", *LORA, "--max-steps", 3)
+    assert epochs(tmp_path / "run") == epochs(undisturbed)[:3]
+    assert "warning: only" not in capsys.readouterr().out  # so few were asked for
+    run(demo_folder, tmp_path / "short", *LORA[:4], "--max-steps", 5)
+    text = "warning: only 4 optimizer steps: fewer than 100 steps seldom suffice; give more --epochs or fewer --quest"
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("last", "warned"), [(0.56, True), (0.54, False), (0.4, False), (math.nan, False)])
+def test_a_last_validation_loss_above_the_best_is_said(last, warned, tmp_path, capsys):
+    losses = {1: 0.9, 2: 0.5, 3: 0.7, 4: last}
+    for start, steps in ((0, (1, 2)), (2, (3, 4))):  # the best of before a stop counts
+        with ExitStack() as closing:
+            args = SimpleNamespace(log_to=[])
+            metrics = Metrics(SimpleNamespace(folder=tmp_path, args=args, closing=closing), start, 4)
+            for step in steps:
+                metrics.write(step=step, val_loss=losses[step])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    text = "warning: the last validation loss, 0.5600, is over 10 % above its best, 0.5000 at step 2: give fewer"
+    assert [line.startswith(text) for line in lines] == [True] * warned
+
+
+def test_weight_decay_is_of_matrices_alone(demo_folder, tmp_path):
+    """Biases and the scales of norms are where they would be without."""
+    found = []
+    for decay in (0.0, 100.0):
+        out = tmp_path / str(decay)
+        run(demo_folder, out, *FULL[:-1], 1, "--weight-decay", decay)
+        found.append(read_tensors(out / "model"))
+    same = {name for name, value in found[0].items() if torch.equal(value, found[1][name])}
+    vectors = {name for name, value in found[0].items() if value.ndim < 2}
+    assert vectors and vectors <= same and len(found[0]) - len(same) > 20
 
 
 def test_a_finished_run_started_again_takes_no_further_step(demo_folder, undisturbed, tmp_path, capsys):

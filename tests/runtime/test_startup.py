@@ -1,9 +1,12 @@
 """What a run says before its first step: little, in short lines, without colours where nobody would see them."""
 
 import importlib
+import json
 import re
+import shutil
 
 import pytest
+import transformers
 from helpers import run
 
 CASES = {  # script: (fixture of its demo, flags)
@@ -31,3 +34,49 @@ def test_at_most_25_lines_before_the_first_step(name, request, tmp_path, capsys)
     assert settings.startswith("settings: ") and device == "device cpu, dtype torch.float32"
     assert any(re.fullmatch(r"1 steps of at most \d+ questions, from step 0", line) for line in before)
     assert sum(line.startswith("trained: ") for line in before) == 1
+
+
+def planted(folder, out, kind, marker):
+    """A copy of a demo whose model folders all name Python code of their own, which would write `marker`."""
+    shutil.copytree(folder, out)
+    for model in (path.parent for path in list(out.rglob("config.json"))):
+        (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+        names = ["Config", "Tokenizer", "Processor", "ImageProcessor", "FeatureExtractor", "VideoProcessor"]
+        names += ["Model", "ModelForCausalLM", "ModelForImageTextToText"]
+        code = {"auto_map": {f"Auto{name}": "evil.Evil" for name in names}}
+        for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+            path = model / name
+            found = json.loads(path.read_text()) if path.is_file() else {}
+            if name == "tokenizer_config.json":
+                code = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+            if kind == "unknown" and name == "config.json":
+                found["model_type"] = "evil"
+            if kind == "nested" and "text_config" in found:  # a type whose configuration alone transformers has
+                found["text_config"] |= {"model_type": "emu3_text_model", "pad_token_id": 0, "name_or_path": str(model)}
+                found["text_config"] |= code
+            if kind == "tokenizer" and name == "tokenizer_config.json":
+                found["tokenizer_class"] = "EvilTokenizer"
+            path.write_text(json.dumps(found | code))
+    return out
+
+
+AUTO_PARTS = ["llava_med", "umbrella_mri"]  # their models ask AutoModel for their parts
+KINDS = [(name, kind) for name in CASES for kind in ("known", "unknown", "tokenizer")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, *((name, "nested") for name in AUTO_PARTS)])
+def test_code_in_a_model_folder_never_runs_and_is_never_asked_about(name, kind, request, tmp_path, monkeypatch):
+    """transformers would ask on the terminal: `yes | python train_….py --model evil` answered for the user."""
+    fixture, flags = CASES[name]
+    asked, marker = [], tmp_path / "ran"
+    folder = planted(request.getfixturevalue(fixture), tmp_path / "demo", kind, marker)
+    if kind != "nested":  # there alone code is not forbidden by name
+        monkeypatch.setattr(transformers.dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 15)
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "yes")
+    flags = [*flags.replace("DEMO", str(folder)).split(), "--max-steps", 1, "--limit", 4, "--max-answer-tokens", 1]
+    try:
+        run(folder, tmp_path / "run", *flags, script=importlib.import_module(f"train_{name}"))
+    except SystemExit as ended:
+        assert kind != "known" and isinstance(ended.code, str) and "trust_remote_code" not in ended.code
+        assert str(folder) in ended.code
+    assert asked == [] and not marker.exists()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import metrics_of, read_lines, read_tensors, refused, run, stop_in
+from helpers import metrics_of, read_lines, read_tensors, refused, run, stop_in, task_class
 from PIL import Image
 
 import common
 import train_llava_med
 from inputs import data_check
+from report import results
 from runtime import files, lock, ranks, saving
 from runtime.signals import StopSignal
 
@@ -157,6 +159,95 @@ def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, undisturbed, tmp_p
     (folder,) = (out / "checkpoints").iterdir()
     assert saving.fault(folder) is None
     assert int(folder.name[5:]) == metrics_of(out)[-1]["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes that read media (--workers)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["killed", "stuck"])
+def test_a_worker_that_is_killed_or_stuck_costs_no_step(demo_folder, undisturbed, tmp_path, monkeypatch, what):
+    out, flags = tmp_path / "run", [*FLAGS, "--workers", 1]
+    task, trainer = task_class(train_llava_med), os.getpid()
+    read = task.read_media
+
+    def fails(*rest):
+        if os.getpid() != trainer and (out / "checkpoints").is_dir():  # a step was saved already
+            if what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(2)  # until the trainer waits for this
+            os.kill(trainer, signal.SIGTERM)
+            time.sleep(90)
+        return read(*rest)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(task, "read_media", fails)
+        run(demo_folder, out, *flags, "--save-every", 2)
+    assert time.monotonic() - began < 60
+    last = [line["step"] for line in metrics_of(out)][-1]
+    if what == "killed":
+        assert caught.value.code.startswith(f"step {last + 1}: a process that reads media was killed")
+    else:
+        assert caught.value.code == 85
+    assert 2 <= last < 6 and saving.fault(out / "checkpoints" / f"step-{last:08d}") is None
+    assert not multiprocessing.active_children()
+    run(demo_folder, out, *flags)
+    assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
+
+
+ONE_WORKER = """
+import os, sys, time, torch
+from types import SimpleNamespace as N
+from runtime import batches
+
+class Items:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        print(os.getpid(), flush=True)
+        return [torch.ones(5) for _ in range(600)] if "many" in sys.argv else time.sleep(600)
+
+for item in batches.load(Items(), N(args=N(workers=1), stop=N(received=None))):
+    print(sum(map(torch.sum, item)))
+"""
+
+
+def test_a_stuck_worker_dies_with_its_trainer():
+    command = [sys.executable, "-c", ONE_WORKER]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / process.stdout.readline().strip()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_more_tensors_than_files_may_be_open_come_from_a_worker():
+    command = ["bash", "-c", 'ulimit -n 200; exec "$@"', "bash", sys.executable, "-c", ONE_WORKER, "many"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.count("tensor(3000.)") == 2, done.stderr
+
+
+def test_workers_of_a_forkserver_answer_blindly(demo_folder, undisturbed, tmp_path):
+    """As Python 3.14 starts them: what they read is sent to them pickled."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    flags = [*FLAGS, "--eval-only", "--blind", "blank"]
+    answers = tmp_path / "run" / "blind" / "blank" / "predictions.jsonl"
+    run(demo_folder, tmp_path / "run", *flags)
+    own = answers.read_text()
+    answers.unlink()
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        run(demo_folder, tmp_path / "run", *flags, "--workers", 1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert answers.read_text() == own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,6 +391,31 @@ def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkey
     assert file.exists() == lives
 
 
+def test_a_lock_of_another_container_with_this_host_name_is_watched_too(tmp_path, monkeypatch):
+    """Its process number means nothing here: another process may have it, or none."""
+    file = leave_lock(tmp_path / "run", {**lock.process(os.getpid()), "pid": 2**22 + 1, "processes": "pid:[1]"})
+    monkeypatch.setattr(lock.Lock, "touch", 0.2)
+    monkeypatch.setattr(lock.Lock, "patience", 2.0)
+    threading.Timer(0.3, os.utime, [file]).start()
+    with pytest.raises(SystemExit, match=f"in use by process {2**22 + 1} on "), lock.Lock(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link that leads nowhere", "no text"])
+def test_what_no_run_wrote_as_its_lock_is_a_fault(demo_folder, tmp_path, what):
+    file = tmp_path / "run" / "lock"
+    file.parent.mkdir()
+    if what == "a folder":
+        (file / "lock").mkdir(parents=True)
+    elif what == "no text":
+        file.write_bytes(b"\xff\xfe{}")
+    else:
+        file.symlink_to(tmp_path / "nowhere")
+    text = refused(demo_folder, tmp_path / "run", *FLAGS)
+    assert text == f"{file} is a folder, a link or no text, and no run's: remove it, or use another --out"
+    assert [path.name for path in file.parent.iterdir()] == ["lock"]
+
+
 def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, monkeypatch):
     """The one that is slower to remove the dead run's lock must not remove the quicker one's."""
     file = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
@@ -324,9 +440,38 @@ def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, mo
 def test_a_run_whose_folder_was_taken_over_saves_nothing_more(demo_folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
     during(monkeypatch, 3, lambda _: (out / "lock").write_text('{"host": "elsewhere", "pid": 1, "began": "1"}'))
-    assert f"another run has taken {out} over" in refused(demo_folder, out, *FLAGS)
+    assert f"another run has taken {out} over (see {out}/lock): nothing more is written" in refused(
+        demo_folder, out, *FLAGS
+    )
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     assert "elsewhere" in (out / "lock").read_text()
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed", "renamed, and another made", "while answering"])
+def test_a_run_whose_folder_goes_ends_and_makes_no_new_one(demo_folder, undisturbed, tmp_path, monkeypatch, how):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move(*_):
+        shutil.rmtree(out) if how == "removed" else out.rename(moved)
+        if how.endswith("made"):
+            out.mkdir()
+            (out / "metrics.jsonl").write_text("")
+
+    with monkeypatch.context() as patch:
+        if how == "while answering":
+            summarise = results.summarise
+            patch.setattr(results, "summarise", lambda records: (move(), summarise(records))[1])
+        else:
+            during(patch, 3, move)
+        text = refused(demo_folder, out, *FLAGS)
+    assert " was renamed or removed while this run wrote it, and nothing more is written: give it its" in text
+    assert sorted(out.rglob("*")) == ([out / "metrics.jsonl"] if how.endswith("made") else [])
+    if how == "renamed":  # and back again
+        assert not out.exists()
+        (moved / "lock").unlink()  # of this process, which lives
+        moved.rename(out)
+        run(demo_folder, out, *FLAGS)
+        assert equal(checkpoint(out, 6), checkpoint(undisturbed, 6))
 
 
 # ------------------------------------------------------------------------------------------------------------

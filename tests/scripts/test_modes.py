@@ -55,7 +55,7 @@ def validation_loss(out: Path) -> float:
 
 def test_the_run_folder_is_complete(trained):
     names = {p.name for p in trained.iterdir()}
-    files = {"config.json", "check.json", "metrics.jsonl", "predictions.jsonl", "results.json"}
+    files = {"config.json", "check.json", "metrics.jsonl", "steps.jsonl", "predictions.jsonl", "results.json"}
     assert names == files | {"checkpoints", "adapter"}
     files = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"}
     assert {p.name for p in (trained / "adapter").iterdir()} == files
@@ -103,14 +103,16 @@ def test_config_says_which_script_and_whether_its_checkout_was_changed(tmp_path,
 
 def test_every_step_has_every_documented_metric(demo_folder, trained):
     documented = {"step", "epoch", "loss", "grad_norm", "lr", "trees", "questions", "tokens"}
-    documented |= {"tokens_per_s", "questions_per_s", "peak_memory_mb", "ids"}
+    documented |= {"tokens_per_s", "questions_per_s", "peak_memory_mb"}
     *steps, last = read_lines(trained / "metrics.jsonl")
+    planned = read_lines(trained / "steps.jsonl")
     assert [line.keys() for line in steps] == [documented] * 2
     assert last.keys() == {"step", "val_loss"}
     rows = {row["id"]: row for row in read_lines(demo_folder / "data" / "train.jsonl")}
-    for line in steps:
-        assert line["questions"] == len(line["ids"]) == len(set(line["ids"]))
-        assert line["trees"] == len({rows[i]["image"] for i in line["ids"]})
+    for line, ids in zip(steps, [step["ids"] for step in planned], strict=True):
+        assert line["questions"] == len(ids) == len(set(ids))
+        assert line["trees"] == len({rows[i]["image"] for i in ids})
+        assert len(json.dumps(line)) < 300
         assert line["tokens"] > 64 * line["trees"]
 
 
@@ -502,4 +504,4 @@ def test_a_count_below_one_is_refused(demo_folder, tmp_path, capsys, flag):
     """--save-every 0 would divide by zero, --limit 0 train on nothing."""
     with pytest.raises(SystemExit, match="2"):
         run(demo_folder, tmp_path, flag, 0)
-    assert f"argument {flag}: 0 is not a positive number" in capsys.readouterr().err
+    assert f"argument {flag}: 0 is not a positive integer" in capsys.readouterr().err
