@@ -166,8 +166,17 @@ def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, undisturbed, tmp_p
 # ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def forked():
+    """Workers are forks of this process, and so have what a test has changed in it."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.parametrize("what", ["killed", "stuck"])
-def test_a_worker_that_is_killed_or_stuck_costs_no_step(demo_folder, undisturbed, tmp_path, monkeypatch, what):
+def test_a_worker_that_is_killed_or_stuck_costs_no_step(demo_folder, undisturbed, tmp_path, monkeypatch, forked, what):
     out, flags = tmp_path / "run", [*FLAGS, "--workers", 1]
     task, trainer = task_class(train_llava_med), os.getpid()
     read = task.read_media
