@@ -246,9 +246,6 @@ FAULTS = {
         ("a rank takes another's packed sequences",
          "[self.rank :: self.of]", "[0 :: self.of]",
          "tests/runtime/test_ranks.py::test_two_ranks_train_and_answer_as_one[lora-ddp]"),
-        ("a stuck worker is waited for after a signal",
-         "run.stop.received or waited", "waited",
-         "tests/runtime/test_survival.py::test_a_worker_that_is_killed_or_stuck_costs_no_step[stuck]"),
     ],
     "runtime/ranks.py": [
         ("gradients of the ranks are averaged, not summed",
