@@ -25,7 +25,8 @@ export PYTHONUNBUFFERED = 1
 demo: .venv/installed
 	rm -rf $(DEMO)
 	.venv/bin/python -m demo $(SCRIPT)
-	.venv/bin/python train_$(SCRIPT).py --model $(DEMO)/model --data $(DEMO)/data --out $(DEMO)/run $($(SCRIPT)_flags)
+	.venv/bin/python train_$(SCRIPT).py --model $(DEMO)/model --data $(DEMO)/data --out $(DEMO)/run --eval-split test \
+		$($(SCRIPT)_flags)
 
 test: .venv/installed
 	.venv/bin/ruff check .
@@ -35,7 +36,7 @@ test: .venv/installed
 mutants: .venv/installed
 	.venv/bin/python tests/mutants.py
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 IGNORE = -100  # the label of a token that is not supervised, as in torch's cross_entropy
+LAYER = re.compile(r".*?\.\d+\.")  # how the name of a decoder layer's part begins, such as model.layers.3.
 SENTINELS = ("<ANS>", "</ANS>")  # mark the answer in a rendered text
 
 # ---- 1  Token IDs: read, never computed ------------------------------------------------------------------------------
@@ -64,20 +65,6 @@ def register_placeholder(tokenizer, token: str, token_id: int) -> int:
         where = f"the tokenizer has it as {known}" if known is not None else f"that ID is the word piece {taken!r}"
         raise ValueError(f"config.json gives {token} the ID {token_id}, but {where}")
     return single_token_id(tokenizer, token)
-
-
-def image_token_in_template(tokenizer, config) -> int:
-    """The image token's ID. ValueError unless the chat template writes it for an image; SystemExit without template."""
-    image_id = image_token_id(config)
-    token = tokenizer.convert_ids_to_tokens(image_id)
-    try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
-    except Exception as error:  # a template raises what it likes
-        text = f"no chat template that writes images ({error}); copy chat_template.jinja from the original checkpoint"
-        raise SystemExit(f"--model {tokenizer.name_or_path}: {text}") from None
-    if not token or tokenizer.encode(rendered, add_special_tokens=False).count(image_id) != 1:
-        raise ValueError(f"the chat template does not write token {image_id} ({token!r}) for an image but {rendered!r}")
-    return image_id
 
 
 def reserve_placeholder(tokenizer, tokens: list[str], config, known: int | None) -> int:
@@ -132,6 +119,24 @@ def grow_embeddings(lm: nn.Module, rows: int) -> None:
 # ---- 2  Masking: labels are built while encoding, not searched for afterwards ----------------------------------------
 
 
+def conversation(tokenizer, messages: list[dict], answer: str) -> str:
+    """A conversation as text, the answer to its last question between the sentinels; before them exactly what the
+    chat template writes with add_generation_prompt=True, because that is what whoever uses the model will ask with.
+
+    Where that does not end in white space, such as Mistral's [/INST], the white space that the template has before an
+    answer belongs to the answer: its first word keeps its usual piece. ValueError: no such generation prompt.
+    """
+    opening, closing = SENTINELS
+    answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": opening}]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before = tokenizer.apply_chat_template(answered, tokenize=False).partition(opening)[0]
+    if before.split() != prompt.split():  # such as "… assistant \n" and "… assistant\n"
+        text = f"the chat template asks with {prompt[-40:]!r} (add_generation_prompt), but writes {before[-40:]!r}"
+        raise ValueError(f"{text} before an answer: what is trained would not be what is asked")
+    space = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
+    return prompt + opening + space + answer + closing + tokenizer.eos_token
+
+
 def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tuple[list[int], list[int]]:
     """Encode a rendered conversation in which one answer stands between the sentinels and is followed by EOS.
 
@@ -152,11 +157,16 @@ def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tup
         raise ValueError(f"empty answer in {text!r}")
     if after[:1] != [tokenizer.eos_token_id]:
         raise ValueError(f"no EOS ({tokenizer.eos_token!r}) directly after the answer in {text!r}")
-    if not keep_sentinels and (joined := _encode_joined(tokenizer, text)):
-        return joined
-    kept = [tokenizer.encode(s, add_special_tokens=False) if keep_sentinels else [] for s in SENTINELS]
-    labels = [IGNORE] * len(before + kept[0]) + answer + [IGNORE] * len(kept[1]) + after[:1] + [IGNORE] * len(after[1:])
-    return before + kept[0] + answer + kept[1] + after, labels
+    joined = None if keep_sentinels else _encode_joined(tokenizer, text)
+    if not joined:
+        kept = [tokenizer.encode(s, add_special_tokens=False) if keep_sentinels else [] for s in SENTINELS]
+        parts = (before + kept[0], 0), (answer, 1), (kept[1], 0), (after[:1], 1), (after[1:], 0)
+        labels = [token if supervised else IGNORE for part, supervised in parts for token in part]
+        joined = [token for part, _ in parts for token in part], labels
+    # what the tokenizer itself puts first, [1] for Mistral and [] for Qwen: once, also where the template writes it
+    bos = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
+    missing = bos if joined[0][: len(bos)] != bos else []
+    return missing + joined[0], [IGNORE] * len(missing) + joined[1]
 
 
 def _encode_joined(tokenizer, text: str) -> tuple[list[int], list[int]] | None:
@@ -270,7 +280,7 @@ def refuse_tokens(tokenizer, texts: list[str], placeholders) -> None:
 
 def check_example(example, task, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
     """Raise ValueError unless exactly answer + EOS is supervised and there are as many placeholders as features."""
-    decoded = task.tokenizer.decode(supervised_tokens(labels), clean_up_tokenization_spaces=False).lstrip(" ")
+    decoded = task.tokenizer.decode(supervised_tokens(labels), clean_up_tokenization_spaces=False).lstrip()
     if decoded != example.answer + task.tokenizer.eos_token:
         raise ValueError(f"supervised would be {decoded!r}, not {example.answer + task.tokenizer.eos_token!r}")
     for token_id, count in task.placeholders(example).items():
@@ -453,7 +463,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         self.base_layer = base.requires_grad_(False)
-        self.r, self.alpha, self.rslora, self.merged = r, alpha, rslora, False
+        self.r, self.alpha, self.rslora = r, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=torch.float32, device=device))
@@ -466,42 +476,37 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, out)
         y = self.base_layer(x)
-        if self.merged:
-            return y
         # cast the small matrices, not x: the float32 masters still receive every gradient
         update = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return y + self.scaling * update.to(y.dtype)
 
-    @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """Add B A to the base weight, once however often it is called; returns the plain layer."""
-        if not self.merged:
-            weight = self.base_layer.weight
-            weight.copy_(weight.float() + self.scaling * (self.lora_B @ self.lora_A))
-            self.merged = True
-        return self.base_layer
-
 
 def train_only(model: nn.Module, *patterns: str) -> list[str]:
-    """Freeze everything but the parameters whose full name matches a pattern; returns their names.
+    """Freeze all but the parameters whose full name matches a pattern; these become float32. Returns their names.
 
-    Raises ValueError for a pattern without a match: after a library renames its modules it would freeze all silently.
+    bfloat16 loses small updates. ValueError for a pattern without a match: a library may have renamed its modules.
     """
     chosen = {name for pattern in patterns for name in _matching(pattern, model.named_parameters(), "parameter")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+        parameter.data = parameter.data.float() if name in chosen else parameter.data
     return sorted(chosen)
 
 
-def add_lora(model: nn.Module, pattern: str, r: int, alpha: float, dropout=0.0, rslora=False) -> list[str]:
+def add_lora(model: nn.Module, pattern: str, r: int, alpha: float, dropout=0.0, rslora=False, without="") -> list[str]:
     """Wrap every nn.Linear whose full name matches the regular expression; returns the names.
 
-    Raises ValueError where the pattern matches no linear layer, or one that already has an adapter.
+    Raises ValueError where the pattern matches no linear layer, one that already has an adapter, or only some of a
+    decoder layer's: Phi-3's q, k and v are one qkv_proj. What is left out on purpose must match `without`.
     """
     if any(re.fullmatch(pattern, name) for name in lora_layers(model)):
         raise ValueError(f"layers that match {pattern!r} already have an adapter")
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = _matching(pattern, linear, "linear layer")
+    layers, meant = tuple(m[0] for m in map(LAYER.match, names) if m), rf"{pattern}|{without}|.*\.base_layer"
+    left = sorted({re.sub(r"\d+", "0", n) for n, _ in linear if n.startswith(layers) and not re.fullmatch(meant, n)})
+    if left:
+        raise ValueError(f"{pattern!r} leaves out {', '.join(left)}; edit the script's LORA_PATTERN, or give `without`")
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora))
     return names
@@ -520,18 +525,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Merge every adapter and put the plain layers back: the model then saves and loads like any other."""
+    """Add B A to each adapted weight and put the plain layers back: the model then saves and loads like any other."""
     for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merge())
+        weight = layer.base_layer.weight
+        weight.copy_(weight.float() + layer.scaling * (layer.lora_B @ layer.lora_A))
+        model.set_submodule(name, layer.base_layer)
     return model
-
-
-def train_in_float32(model: nn.Module) -> None:
-    """Whatever is trained becomes float32: bfloat16 loses small updates."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 # ---- 6  Answering by the same rule -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 import common
-from common import IGNORE, Prompt
+from common import Prompt
 from inputs import data_check, images, layouts, processors, questions
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results
@@ -34,9 +34,7 @@ from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, mode
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 IMAGE = "<image>"
 # every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
@@ -45,7 +43,7 @@ PROJECTOR_PATTERN = r"model\.multi_modal_projector\..*"
 OWN_SETTINGS = ["image_fit"]  # flags of this script alone that a checkpoint is bound to
 # for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
     "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %} [/INST]"
     "{% else %} {{ m.content[0].text }}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -60,9 +58,7 @@ def parse_arguments(argv):
     return flags.parse(parser, argv)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: files -> examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 FIELDS = {*images.FIELDS, *layouts.FIELDS}
 
@@ -92,9 +88,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> Exam
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: examples -> tokens and pixels
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: examples -> tokens and pixels ----------------------------------------------------------------------------
 
 
 class LlavaTask(Task):
@@ -106,10 +100,7 @@ class LlavaTask(Task):
         if not self.tokenizer.chat_template:
             print("chat template: none in the checkpoint; Mistral's, as LLaVA-Med v1.5 was trained")
             self.tokenizer.chat_template = CHAT_TEMPLATE
-        models.refuse_template(self, folder, IMAGE)
-        # what the tokenizer itself puts first: [1] for Mistral, [] for Qwen
-        self.bos = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
-        self.processor = processors.fitted(folder, args)
+        self.processor, self.processor_settings = processors.fitted(folder, args), processors.counting(config)
         self.per_image, self.image_id = tokens_per_image(config), None
         try:
             named_id = common.image_token_id(config)  # read from config.json, never computed
@@ -117,6 +108,7 @@ class LlavaTask(Task):
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_index from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
+        models.refuse_template(self, folder, self.image_id)
         seen, size = processors.size_of(self.processor), config.vision_config.image_size
         if seen != (size, size):
             self.fault("preprocessor_config.json", f"{seen[0]} x {seen[1]} pixels, the vision tower takes {size}")
@@ -128,28 +120,20 @@ class LlavaTask(Task):
         The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image:
         with nine of 40 tokens each, 30 + 576 + 9 * 40 = 966 tokens instead of 9 * 646 = 5,814.
         """
-        text = self.render(example, answer)
+        text = common.conversation(self.tokenizer, self.messages(example), answer)
         input_ids, labels = common.encode_supervised(self.tokenizer, text)
-        if input_ids[: len(self.bos)] != self.bos:  # once, also where the chat template writes it
-            input_ids, labels = self.bos + input_ids, [IGNORE] * len(self.bos) + labels
         cut = input_ids.index(self.image_id) + 1
         prefix = common.expand_placeholder(input_ids[:cut], self.image_id, [self.per_image])
         return prefix, input_ids[cut:], labels[cut:]
 
-    def render(self, example: Example, answer: str) -> str:
-        """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
-        opening, closing = common.SENTINELS
-        messages = []
-        for i, (question, reply) in enumerate([*example.history, (example.question, opening + answer + closing)]):
-            question = {"type": "text", "text": question}
-            messages.append({"role": "user", "content": [{"type": "image"}, question] if i == 0 else [question]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-        before, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
-        # A template's space before the answer belongs to the answer: the prompt then ends where the template's own
-        # generation prompt ends, and SentencePiece gives the answer's first word its usual piece.
-        prompt = before.rstrip(" ")
-        space = before[len(prompt) :]
-        return prompt + opening + space + after.partition(closing)[0] + closing + self.tokenizer.eos_token
+    def messages(self, example: Example) -> list[dict]:
+        """The conversation up to its question, as the checkpoint's chat template reads it; the image comes first."""
+        found = []
+        for question, reply in [*example.history, (example.question, None)]:
+            image = [] if found else [{"type": "image"}]
+            found.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+            found.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        return found[:-1]
 
     def placeholders(self, example: Example) -> dict[int, int]:
         """{placeholder's ID: how many the prefix must hold}: as many as the model makes features, or it is refused."""
@@ -179,9 +163,7 @@ def tokens_per_image(config) -> int:
     return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class LlavaMed(nn.Module):
@@ -236,23 +218,18 @@ def choose_trained(vlm: LlavaForConditionalGeneration, args) -> None:
     else:
         common.train_only(vlm, PROJECTOR_PATTERN)
         common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
-    common.train_in_float32(vlm)
 
 
 def load_model(folder: Path, task: LlavaTask, dtype: torch.dtype) -> LlavaMed:
     """The model with what is trained chosen, still on the CPU: shards.place puts it on the device."""
     config = read_config(folder)
     vlm = models.open_model(LlavaForConditionalGeneration, folder, config, dtype)  # a missing weight is refused
-    models.refuse_short_window(vlm, task.args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
-    choose_trained(vlm, task.args)
-    models.checkpoint_gradients(vlm, task.args)
+    models.prepare_training(choose_trained, vlm, folder, task.args)  # refused where it does not fit
     return LlavaMed(vlm)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -275,7 +252,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == len(plan)
+        last = step == metrics.total
         if val and metrics.validated < step and (last or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
@@ -315,7 +292,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_NOT_FINITE, f"three bad steps in a row; replay them with --only-ids {metrics.bad_steps}")
         # ---- save, before anything that could fail or take long ----
         stopped = run.stopped()  # by a signal, on any rank
-        due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
+        due = step == metrics.total or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
             metrics.restart_clock()  # the time that saving takes is no step's
@@ -323,9 +300,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:

@@ -39,9 +39,7 @@ from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, mode
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 MODELS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 SYSTEM = "Answer the question about the medical image with the answer alone."
@@ -67,9 +65,7 @@ def parse_arguments(argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: files -> examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 FIELDS = {*images.FIELDS, *layouts.FIELDS}
 
@@ -99,9 +95,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> Exam
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: examples -> tokens and pixels
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: examples -> tokens and pixels ----------------------------------------------------------------------------
 
 
 class QwenTask(Task):
@@ -113,12 +107,15 @@ class QwenTask(Task):
         super().__init__(args, models.tokenizer(folder))
         if args.sentinels == "keep" and args.decode != "greedy" and not args.merge:  # or the checkpoint says so
             raise SystemExit("--sentinels keep: the end of an answer is not supervised there; give --decode greedy")
+        if args.sentinels == "keep":
+            self.unreadable = "prompts that go on with <ANS> (--sentinels keep)"
         config, self.image_id = models.config(folder, MODELS), None
         try:  # read from config.json, never computed
-            self.image_id = common.image_token_in_template(self.tokenizer, config)
+            self.image_id = common.image_token_id(config)
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_id from the original config.json")
         self.separate_pad()
+        models.refuse_template(self, folder, self.image_id)
         with torch.device("meta"):  # without weights, for its own rule of positions
             vlm = MODELS[config.model_type](config)
         self.images = images.QwenImages(folder, vlm, args.min_pixels, args.max_pixels)
@@ -131,23 +128,19 @@ class QwenTask(Task):
 
         The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
         """
-        text = self.render(example, answer)
+        text = common.conversation(self.tokenizer, self.messages(example), answer)
         input_ids, labels = common.encode_supervised(self.tokenizer, text, self.args.sentinels == "keep")
         cut = input_ids.index(self.image_id) + 1
         prefix = common.expand_placeholder(input_ids[:cut], self.image_id, [self.image_tokens(example)])
         return prefix, input_ids[cut:], labels[cut:]
 
-    def render(self, example: Example, answer: str) -> str:
-        """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
-        opening, closing = common.SENTINELS
+    def messages(self, example: Example) -> list[dict]:
+        """The conversation up to its question, as the checkpoint's chat template reads it."""
         question = f"Question type: {example.question_type}\nQuestion: {example.question}"
-        messages = [
+        return [
             {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-            {"role": "assistant", "content": [{"type": "text", "text": opening + answer + closing}]},
         ]
-        before, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
-        return before + opening + after.partition(closing)[0] + closing + self.tokenizer.eos_token
 
     def image_tokens(self, example: Example) -> int:
         """One for every 28 x 28 pixels of the image, once its size lies between --min-pixels and --max-pixels."""
@@ -175,9 +168,7 @@ class QwenTask(Task):
         return self.images.read(data, names, [self.measured[name]["size"] for name in names])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class Qwen2VL(nn.Module):
@@ -227,23 +218,18 @@ def choose_trained(vlm: Qwen2VLForConditionalGeneration, args) -> None:
         vlm.requires_grad_(False)
         for pattern in [LORA_PATTERN, VISION_PATTERN] if args.lora_vision else [LORA_PATTERN]:  # each must match
             common.add_lora(vlm, pattern, args.lora_r, args.lora_alpha, args.lora_dropout)
-    common.train_in_float32(vlm)
 
 
 def load_model(folder: Path, task: QwenTask, dtype: torch.dtype) -> Qwen2VL:
     """The model with what is trained chosen, still on the CPU: shards.place puts it on the device."""
     config = models.config(folder, MODELS)
     vlm = models.open_model(MODELS[config.model_type], folder, config, dtype)  # a missing weight is refused
-    models.refuse_short_window(vlm, task.args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
-    choose_trained(vlm, task.args)
-    models.checkpoint_gradients(vlm, task.args)
+    models.prepare_training(choose_trained, vlm, folder, task.args)  # refused where it does not fit
     return Qwen2VL(vlm)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -266,7 +252,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == len(plan)
+        last = step == metrics.total
         if val and metrics.validated < step and (last or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
@@ -306,7 +292,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_NOT_FINITE, f"three bad steps in a row; replay them with --only-ids {metrics.bad_steps}")
         # ---- save, before anything that could fail or take long ----
         stopped = run.stopped()  # by a signal, on any rank
-        due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
+        due = step == metrics.total or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
             metrics.restart_clock()  # the time that saving takes is no step's
@@ -314,9 +300,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:

@@ -41,9 +41,7 @@ from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, mode
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 SYSTEM = "Answer the question about the surgical clip with the answer alone."
 SPOKEN = "Answer the spoken question."  # what is written where the question is heard alone
@@ -81,9 +79,7 @@ def parse_arguments(argv):
     return flags.parse(parser, argv)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: files -> examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "answer_candidates"}
 FIELDS |= {"group", "video_id", "frame_numbers", "total_frames"}
@@ -134,9 +130,7 @@ def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: examples -> tokens, pixels and sound
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: examples -> tokens, pixels and sound ---------------------------------------------------------------------
 
 
 class SurgTask(Task):
@@ -154,12 +148,14 @@ class SurgTask(Task):
             if config.audio_config:  # which names the placeholder once a graft was saved
                 known = getattr(config, "audio_token_id", None)
                 self.audio_id = common.reserve_placeholder(self.tokenizer, AUDIO_TOKENS, config, known)
-            self.image_id = common.image_token_in_template(self.tokenizer, config)
+            self.image_id = common.image_token_id(config)
         except ValueError as error:
             self.fault("config.json", f"{error}; copy its token IDs from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to a placeholder
+        models.refuse_template(self, folder, self.image_id)
         if config.audio_config:
             window = config.audio_config["max_source_positions"] * SAMPLES // sound.RATE  # 1,500 positions are 30 s
+            self.unreadable = "audio_tower and audio_projector"
             self.extractor = WhisperFeatureExtractor(config.audio_config["num_mel_bins"], chunk_length=window)
         self.images = images.QwenImages(folder, vlm, longest=args.frame_size)
         self.processor = self.images.processor
@@ -174,7 +170,8 @@ class SurgTask(Task):
         The recording stands before the frames, as the checkpoints of this recipe were trained: a spoken question is in
         the prefix, a written one in the branch.
         """
-        input_ids, labels = common.encode_supervised(self.tokenizer, self.render(example, answer))
+        text = common.conversation(self.tokenizer, self.messages(example), answer)
+        input_ids, labels = common.encode_supervised(self.tokenizer, text)
         cut = len(input_ids) - input_ids[::-1].index(self.image_id)
         counts = [self.images.tokens(size) for size in self.sizes(example)]
         prefix = common.expand_placeholder(input_ids[:cut], self.image_id, counts)
@@ -182,19 +179,15 @@ class SurgTask(Task):
             prefix = common.expand_placeholder(prefix, self.audio_id, list(map(self.audio_positions, example.audio)))
         return prefix, input_ids[cut:], labels[cut:]
 
-    def render(self, example: Clip, answer: str) -> str:
-        """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
-        opening, closing = common.SENTINELS
+    def messages(self, example: Clip) -> list[dict]:
+        """The conversation up to its question, as the checkpoint's chat template reads it."""
         heard = [{"type": "text", "text": "".join(AUDIO_TOKENS)}] if example.audio else []
         frames = [{"type": "image"}] * len(self.frames(example))
         asked = SPOKEN if example.audio and self.args.question == "audio" else f"Question: {example.question}"
-        messages = [
+        return [
             {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
             {"role": "user", "content": [*heard, *frames, {"type": "text", "text": asked}]},
-            {"role": "assistant", "content": [{"type": "text", "text": opening + answer + closing}]},
         ]
-        before, _, after = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(opening)
-        return before + opening + after.partition(closing)[0] + closing + self.tokenizer.eos_token
 
     def frames(self, example: Clip) -> list[str]:
         """The frames of an example that the model sees: fewer of val and test, by default."""
@@ -253,9 +246,7 @@ class SurgTask(Task):
         return replace(example, media=[*other.shown, *example.audio])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class SurgVideo(nn.Module):
@@ -318,12 +309,11 @@ def choose_trained(vlm: Qwen2VLForConditionalGeneration, args) -> None:
         else:
             common.train_only(vlm, r"audio_projector\.weight")
         common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
-    common.train_in_float32(vlm)
 
 
 def read_config(folder: Path, args):
     """The configuration, with that of --audio-model's encoder as audio_config; settles how questions are asked."""
-    config = models.config(folder, "qwen2_vl")
+    config = models.config(folder, "qwen2_vl", grafted=True)
     config.audio_config = getattr(config, "audio_config", None)  # a dictionary, where a graft was saved
     if args.audio_model and config.audio_config:
         raise SystemExit(f"--audio-model {args.audio_model}: {folder} already has an audio encoder; leave the flag out")
@@ -358,9 +348,8 @@ def load_model(folder: Path, task: SurgTask, dtype: torch.dtype) -> SurgVideo:
     ours = ("audio_tower.", "audio_projector.") if config.audio_config else ()
     remedy = "a grafted encoder must be audio_tower.*, with audio_projector.weight and audio_config in config.json"
     vlm = models.open_model(Qwen2VLForConditionalGeneration, folder, config, dtype, ours, remedy=remedy)
-    models.refuse_short_window(vlm, args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
-    graft(vlm)
+    graft(vlm).grafted = task.unreadable
     vlm.config.audio_token_id = task.audio_id
     if config.audio_config:
         nn.init.normal_(vlm.audio_projector.weight, std=config.text_config.initializer_range)
@@ -370,14 +359,11 @@ def load_model(folder: Path, task: SurgTask, dtype: torch.dtype) -> SurgVideo:
             models.load_parts(folder, vlm, ours)
         vlm.audio_tower.to(dtype)
         vlm.audio_projector.to(dtype)
-    choose_trained(vlm, args)
-    models.checkpoint_gradients(vlm, args)
+    models.prepare_training(choose_trained, vlm, folder, args)  # refused where it does not fit
     return SurgVideo(vlm)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -400,7 +386,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == len(plan)
+        last = step == metrics.total
         if val and metrics.validated < step and (last or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
@@ -440,7 +426,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_NOT_FINITE, f"three bad steps in a row; replay them with --only-ids {metrics.bad_steps}")
         # ---- save, before anything that could fail or take long ----
         stopped = run.stopped()  # by a signal, on any rank
-        due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
+        due = step == metrics.total or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
             metrics.restart_clock()  # the time that saving takes is no step's
@@ -448,9 +434,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:
@@ -460,7 +444,7 @@ def main(argv=None) -> None:
         folder = models.find(args.model, weights=not args.check)
         task = SurgTask(folder, args)
         if args.merge:
-            return models.merge(load_model, folder, task, run, torch.bfloat16 if args.dtype == "auto" else run.dtype)
+            return models.merge(load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:

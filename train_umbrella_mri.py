@@ -45,9 +45,7 @@ from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, mode
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 IMAGE = "<image>"
 EMBEDDING_PATTERN = r"patch_embed\..*"
@@ -86,9 +84,7 @@ def parse_arguments(argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: files -> examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -136,15 +132,14 @@ def make_example(args, where: str, split: str, entry: dict) -> Turn:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: examples -> tokens and volumes
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: examples -> tokens and volumes ---------------------------------------------------------------------------
 
 
 class UmbrellaTask(Task):
     """How an example becomes tokens and volumes: read from the checkpoint's folder, no weights needed."""
 
     remedy = "enlarge the patches"  # where an example is longer than --pack-tokens
+    unreadable = "patch_embed in the place of vision_tower.embeddings"
 
     def __init__(self, folder: Path, args):
         config = read_config(folder)
@@ -157,7 +152,7 @@ class UmbrellaTask(Task):
         except ValueError as error:
             self.fault("config.json", f"{error}; copy image_token_index from the original config.json")
         self.separate_pad()  # only now: a new PAD would take the ID that belongs to the placeholder
-        models.refuse_template(self, folder, IMAGE)
+        models.refuse_template(self, folder, self.image_id)
         for modality in self.modalities.values():
             print(modality.describe(args.ragged))
         tokens = {name: modality.tokens(args.ragged) for name, modality in self.modalities.items()}
@@ -171,18 +166,15 @@ class UmbrellaTask(Task):
                 text = f"training has not shown {volume.modality}, whose embedding is as it was drawn"
                 raise ValueError(f"{text}; leave the example out (--skip-bad)")
             volumes.check_shape(volume, self.modalities[volume.modality], self.measured, self.args)
-        text = self.render(example, answer)
+        text = common.conversation(self.tokenizer, self.messages(example), answer)
         input_ids, supervised = common.encode_supervised(self.tokenizer, text)
         cut = len(input_ids) - input_ids[::-1].index(self.image_id)
         prefix = common.expand_placeholder(input_ids[:cut], self.image_id, self.counts(example))
         return prefix, input_ids[cut:], supervised[cut:]
 
-    def render(self, example: Turn, answer: str) -> str:
-        """The conversation as text, in the checkpoint's own chat template, the answer between sentinels."""
-        opening, closing = common.SENTINELS
-        last = {"role": "assistant", "content": [{"type": "text", "text": opening + answer + closing}]}
-        before, _, after = self.tokenizer.apply_chat_template([*example.turns, last], tokenize=False).partition(opening)
-        return before + opening + after.partition(closing)[0] + closing + self.tokenizer.eos_token
+    def messages(self, example: Turn) -> list[dict]:
+        """The conversation up to its question, as the checkpoint's chat template reads it."""
+        return example.turns
 
     def counts(self, example: Turn) -> list[int]:
         """The tokens of each volume: one for each patch."""
@@ -228,7 +220,7 @@ class UmbrellaTask(Task):
 
 def read_config(folder: Path):
     """The checkpoint's configuration, which must be a LLaVA's, with CLIP's or SigLIP's tower."""
-    config = models.config(folder, "llava", "use a LLaVA in transformers' format")
+    config = models.config(folder, "llava", "use a LLaVA in transformers' format", grafted=True)
     if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise SystemExit(f"--model {folder}: a {config.vision_config.model_type} tower, not CLIP's or SigLIP's")
     return config
@@ -238,12 +230,10 @@ def adopt_volumes(folder: Path, config, args) -> None:
     """Take from a model that this script saved how its volumes were read: its embeddings were trained on that."""
     saved = dict(getattr(config, "volumes", None) or {})
     args.embedded = sorted({*args.embedded, *saved.pop("embedded", [])})
-    flags.adopt(args, saved, folder / "config.json")
+    flags.adopt(args, saved, folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class PatchEmbed(nn.Module):
@@ -339,7 +329,6 @@ def choose_trained(vlm: LlavaForConditionalGeneration, args) -> None:
     common.train_only(vlm, EMBEDDING_PATTERN if args.tune != "full" else rf"(?!{unread(vlm)}).*")
     if args.tune == "embedding+lora":
         common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
-    common.train_in_float32(vlm)
 
 
 def unread(vlm: LlavaForConditionalGeneration) -> str:
@@ -359,18 +348,15 @@ def load_model(folder: Path, task: UmbrellaTask, dtype: torch.dtype) -> Umbrella
     saved = hasattr(config, "volumes")  # by this script: with patch embeddings, without the tower's own
     ours, theirs = (("patch_embed.",), "vision_tower.embeddings.") if saved else ((), "")
     vlm = models.open_model(LlavaForConditionalGeneration, folder, config, dtype, ours, replaced=theirs)
-    models.refuse_short_window(vlm, args)
     common.separate_pad_from_eos(task.tokenizer, vlm)
     replace_embeddings(vlm, args)
+    vlm.grafted = task.unreadable
     models.load_parts(folder, vlm, ours)
-    choose_trained(vlm, args)
-    models.checkpoint_gradients(vlm, args)
+    models.prepare_training(choose_trained, vlm, folder, args)  # refused where it does not fit
     return Umbrella(vlm, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -393,7 +379,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == len(plan)
+        last = step == metrics.total
         if val and metrics.validated < step and (last or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
@@ -433,7 +419,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_NOT_FINITE, f"three bad steps in a row; replay them with --only-ids {metrics.bad_steps}")
         # ---- save, before anything that could fail or take long ----
         stopped = run.stopped()  # by a signal, on any rank
-        due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
+        due = step == metrics.total or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
             metrics.restart_clock()  # the time that saving takes is no step's
@@ -441,9 +427,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:

@@ -45,9 +45,7 @@ from runtime.attention import heeds_mask
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-# ------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 VIDEO = "<video>"  # in the data: where the video's tokens go
 VID_START, VID_PATCH, VID_END = "<vid_start>", "<vid_patch>", "<vid_end>"
@@ -89,9 +87,7 @@ def parse_arguments(argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: files -> examples
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 FIELDS = {"video", "image", *layouts.FIELDS}
 
@@ -130,18 +126,17 @@ def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: examples -> tokens and frames
-# ------------------------------------------------------------------------------------------------------------
+# ---- Data: examples -> tokens and frames ----------------------------------------------------------------------------
 
 
 class VideoTask(Task):
     """How an example becomes tokens and frames: read from the checkpoint's folder, no weights needed."""
 
     remedy = "lower --slow-frames or --slow-grid"  # where an example is longer than --pack-tokens
+    unreadable = "vision_tower, projector, fast_packer and slow_packer"
 
     def __init__(self, folder: Path, args):
-        if not hasattr(models.config(folder), "vision_config"):  # saved by this script it has its tower
+        if not hasattr(models.config(folder, grafted=True), "vision_config"):  # saved by this script it has its tower
             models.find_part(args, "vision", "facebook/dinov2-large")  # args.vision_model: a folder now
         config = read_config(folder, args)
         super().__init__(args, models.tokenizer(folder))
@@ -215,9 +210,7 @@ class VideoTask(Task):
         return {"videos": [replace(video, pixels=torch.zeros_like(video.pixels)) for video in media["videos"]]}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model ----------------------------------------------------------------------------------------------------------
 
 
 class TokenPacker(nn.Module):
@@ -261,7 +254,7 @@ class VideoPlainLM(nn.Module):
 
     def __init__(self, vlm: nn.Module, task: VideoTask, dtype: torch.dtype):
         super().__init__()
-        self.vlm, self.dtype, self.patches = vlm, dtype, task.patches
+        self.vlm, self.dtype, self.patches, self.cache = vlm, dtype, task.patches, task.cache
         ids = torch.tensor([task.ids[token] for token in VIDEO_TOKENS])
         self.register_buffer("video_ids", ids, persistent=False)
 
@@ -283,9 +276,7 @@ class VideoPlainLM(nn.Module):
         weights = next(self.vlm.vision_tower.parameters())
         states = self.vlm.vision_tower(video.pixels.to(weights.device, weights.dtype)).last_hidden_state
         # without the class token (and registers) in front; autocast leaves a norm's result in float32
-        features = states[:, -math.prod(self.patches) :].to(self.dtype)
-        video.keep(features)
-        return features
+        return self.cache.keep(video, states[:, -math.prod(self.patches) :].to(self.dtype))
 
     def video_features(self, shown: list[Video]) -> torch.Tensor:
         """All videos of a sequence -> (positions, width of the LM): of each the fast path, then the slow one."""
@@ -324,11 +315,11 @@ class VideoPlainLM(nn.Module):
 
 def read_config(folder: Path, args):
     """The language model's configuration, with the tower's as vision_config; a saved model's layout is adopted."""
-    config = models.config(folder)
+    config = models.config(folder, grafted=True)
     if hasattr(config, "video_layout"):  # saved by this script: it has its tower
         if args.from_scratch or args.vision_model or args.vision_weights:
             raise SystemExit(f"--model {folder} was trained by this script: no --from-scratch, no other tower for it")
-        flags.adopt(args, config.video_layout, folder / "config.json")
+        flags.adopt(args, config.video_layout, folder)
         return config
     if hasattr(config, "vision_config"):
         raise SystemExit(f"--model {folder}: {config.model_type!r} is a vision-language model already")
@@ -344,6 +335,7 @@ def graft(lm: nn.Module, config, tower: nn.Module, task: VideoTask) -> None:
     lm.projector = nn.Sequential(nn.Linear(vision["hidden_size"], width), nn.GELU(), nn.Linear(width, width))
     lm.fast_packer = TokenPacker(width, task.patches, args.fast_grid, args.packer)
     lm.slow_packer = TokenPacker(width, task.patches, args.slow_grid, args.packer)
+    lm.grafted = task.unreadable
     lm.config.vision_config = vision
     lm.config.video_layout = {name: getattr(args, name) for name in LAYOUT}
 
@@ -356,7 +348,6 @@ def choose_trained(vlm: nn.Module, args) -> None:
             common.add_lora(vlm, LORA_PATTERN, args.lora_r, args.lora_alpha, args.lora_dropout)
         except ValueError as error:  # GPT-2
             raise SystemExit(f"--tune lora: {error}; choose --tune full or projector") from None
-    common.train_in_float32(vlm)
 
 
 def load_model(folder: Path, task: VideoTask, dtype: torch.dtype) -> VideoPlainLM:
@@ -365,22 +356,18 @@ def load_model(folder: Path, task: VideoTask, dtype: torch.dtype) -> VideoPlainL
     ours = GRAFTED if hasattr(config, "video_layout") else ()  # saved by this script: with all that was grafted
     form = torch.float32 if args.tune == "full" else dtype  # what is trained is drawn, and loaded, in float32
     vlm = models.open_model(AutoModelForCausalLM, folder, config, form, ours, from_scratch=args.from_scratch)
-    models.refuse_short_window(vlm, args)
     common.grow_embeddings(vlm, len(task.tokenizer))  # new rows are the mean of the others, not drawn
     common.separate_pad_from_eos(task.tokenizer, vlm)
     vision, part = AutoConfig.for_model(**config.vision_config), "vision_tower." if ours else ""
     tower = models.open_model(AutoModel, folder if ours else Path(args.vision_model), vision, dtype, part=part)
     graft(vlm, config, tower, task)
     models.load_parts(folder, vlm, ours[1:])
-    choose_trained(vlm, args)
+    models.prepare_training(choose_trained, vlm, folder, args)  # refused where it does not fit
     task.cache.belongs_to(tower)
-    models.checkpoint_gradients(vlm, args)
     return VideoPlainLM(vlm, task, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -403,7 +390,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == len(plan)
+        last = step == metrics.total
         if val and metrics.validated < step and (last or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
@@ -443,7 +430,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_NOT_FINITE, f"three bad steps in a row; replay them with --only-ids {metrics.bad_steps}")
         # ---- save, before anything that could fail or take long ----
         stopped = run.stopped()  # by a signal, on any rank
-        due = step == len(plan) or step % args.save_every == 0 or (val and step % args.eval_every == 0)
+        due = step == metrics.total or step % args.save_every == 0 or (val and step % args.eval_every == 0)
         if stopped or due:
             save(step)
             metrics.restart_clock()  # the time that saving takes is no step's
@@ -451,9 +438,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
             run.leave(EXIT_STOPPED, f"stopped by {stopped} after step {step}; the same command resumes from there")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> None:
@@ -462,6 +447,7 @@ def main(argv=None) -> None:
         # ---- the data is checked before any weights are read ----
         folder = models.find(args.model, weights=not (args.check or args.from_scratch))
         task = VideoTask(folder, args)
+        run.closing.callback(task.cache.close)  # says how many of its entries were damaged
         if args.merge:
             return models.merge(load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone

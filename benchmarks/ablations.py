@@ -56,7 +56,7 @@ def main() -> None:
             if name == "silence":  # for the model; the data check, which has no length yet, would refuse it
                 sound.read = lambda data, name, samples=None: read(data, name, samples) * np.float32(samples is None)
             flags = ["--eval-only", "--no-report", "--resume", checkpoint, "--eval-frames", args.eval_frames]
-            flags += ["--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
+            flags += ["--eval-split", "test", "--model", args.demo / "model", "--audio-model", args.demo / "whisper"]
             script.main([str(flag) for flag in [*flags, "--data", data, "--out", Path(folder) / "run"]])
             results[name] = json.loads((Path(folder) / "run/results.json").read_text())
     print(f"\n{'question type':<24}{'n':>5}" + "".join(f"{name:>10}" for name in [*results, "blind"]))

@@ -24,7 +24,6 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -205,7 +204,7 @@ def changed(bench, *names, attention="sdpa", cudnn=True, compiled=None, layers=N
                 stack.callback(setattr, p, "data", p.data)
                 p.data = p.data.bfloat16()
         if "recomputed" in names:
-            train_llava_med.models.checkpoint_gradients(model.vlm, SimpleNamespace(grad_checkpoint=True))
+            model.vlm.gradient_checkpointing_enable({"use_reentrant": False})
             stack.callback(model.vlm.gradient_checkpointing_disable)
         if compiled is not None and HELD.get("compiled") != (way := ({*names} - {"recomputed"}, attention, compiled)):
             torch._dynamo.reset()  # replaced methods are not noticed

@@ -82,7 +82,7 @@ def flags_for(demo: Path, folder: Path, out: Path, args, steps: int, save_every:
     flags = ["--model", folder / "model", "--vision-model", demo / "vision", "--data", folder / "data", "--out", out]
     flags += ["--from-scratch", "--lr", args.lr, "--questions-per-step", args.questions_per_step, "--epochs", 1000]
     flags += ["--pack-tokens", args.pack_tokens, "--max-steps", steps, "--save-every", save_every, "--no-report"]
-    flags += ["--eval-every", 10**6, "--cache-features", demo / "features"]
+    flags += ["--eval-every", 10**6, "--cache-features", demo / "features", "--eval-split", "test"]
     return [str(flag) for flag in flags]
 
 

@@ -52,9 +52,9 @@ def build(layers: int, device: torch.device) -> script.SurgVideo:
         script.graft(vlm)
     torch.set_default_dtype(torch.float32)
     args = {"tune": "lora", "question": "audio", "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
+    args |= {"pack_tokens": 1}
     args = SimpleNamespace(**args, grad_checkpoint=True)
-    script.choose_trained(vlm, args)
-    models.checkpoint_gradients(vlm, args)
+    models.prepare_training(script.choose_trained, vlm, Path("drawn"), args)
     return script.SurgVideo(vlm)
 
 

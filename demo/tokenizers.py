@@ -143,7 +143,7 @@ INTERLEAVE_CHAT_TEMPLATE = (
     "{{ '<image>' }}{% endfor %}"
     "{# then text #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ '\\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GPT2_MERGES = 80  # few: words with accents and apostrophes are several pieces, and a caption is 9 to 15
 

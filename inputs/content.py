@@ -11,9 +11,7 @@ from PIL import Image
 
 def of_picture(picture: Image.Image) -> str:
     """The content of an RGB picture: its size and its pixels."""
-    digest = hashlib.sha256(f"{picture.width} x {picture.height} ".encode())
-    digest.update(picture.tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{picture.width} x {picture.height} ".encode() + picture.tobytes()).hexdigest()
 
 
 def of_frames(contents: list[str]) -> str:

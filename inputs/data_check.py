@@ -10,22 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
-from inputs import images, show, sound
-from inputs.files import SPLITS
+from inputs import images, prompts, show, sound
+from inputs.files import SPLITS, file_sha256
 from inputs.task import Example, Problem, Task
 from report import audit, leakage, scoring
 from runtime import ranks
-from runtime.files import progress, write_json
+from runtime.files import fingerprint, progress, write_json
 from runtime.show import coloured
 
 
 def check(examples: list[Example], problems: list[Problem], task: Task, run) -> tuple[dict, dict]:
     """({split: examples}, {split: prompt trees}) of what can be used; ends with all faults at once, unless --skip-bad.
 
-    Afterwards task.measured holds what the task counts tokens from.
+    Afterwards task.measured holds what the task counts tokens from, and run.same["media"] is a digest of all files that
+    are trained on: of their bytes, because a mirrored scan is the same content.
     """
     args, data = run.args, Path(run.args.media_root)
-    found, task.measured, contents = check_media(data, examples, task.measure)
+    found, task.measured, contents, digests = check_media(data, examples, task.measure)
     task.report |= images.summary(task.measured, task.processor)
     task.report |= sound.list_quiet(task.measured)
     scorer = ranks.on_first_rank(lambda: audit.audit_scorer(lambda s, e: task.score(s, e)["exact"], examples))
@@ -41,6 +42,7 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     show.print_unanswerable([example for part in splits.values() for example in part])
     for tree in (trees["train"] or trees[args.eval_split])[:2]:
         show.print_supervised(task.tokenizer, tree)
+    print(f"prompt: {result.get('prompt', 'none')}")
     audit.print_audit(scorer)
     leakage.print_result(leaks)
     notices = [Problem(example.where, example.id, example.notice) for example in examples if example.notice]
@@ -49,33 +51,37 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     fatal = task.faults + [Problem("scorer", None, f"{text}; correct Task.score") for text in scorer["failures"]]
     folder = Path(args.out, "blind", args.blind) if args.blind else Path(args.out)
     gone = left_out(examples, problems + found + wrong, splits)
+    task.report["left_out"] = {split: gone[split][0] for split in SPLITS if split in gone}
     settle(folder / "check.json", result, fatal, problems + found + wrong, gone, args.skip_bad)
     refuse_empty({item.split for item in (*examples, *problems)}, splits, args)
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
         trees = {split: common.build_trees(part, task)[0] for split, part in splits.items()}
+    trained = sorted({name for example in splits["train"] for name in example.media})
+    run.same["media"] = fingerprint((name, digests[name]) for name in trained)
     if args.check:
         show.print_tokens(**result["example"], paint=coloured)
         print("check passed")
     return splits, trees
 
 
-def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Problem], dict, dict]:
+def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Problem], dict, dict, dict]:
     """Open every file once; the same content or group in two splits, and a recording of two questions, are faults too.
 
-    measure(data, name) is Task.measure. Returned are the faults, {name: what it measured}, and {name: content} of what
-    could be read.
+    measure(data, name) is Task.measure. Returned are the faults, {name: what it measured}, and of what could be read
+    {name: content} and {name: SHA-256 of the file}.
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
 
     def look(name: str) -> tuple:
         try:
             found = measure(data, name)
+            digest = file_sha256(data, name)  # it is in memory now
         except ValueError as error:
-            return str(error), None, None
+            return str(error), None, None, None
         if not isinstance(found, tuple) or [type(part) for part in found[1:]] != [str]:
             raise SystemExit("Task.measure must return what tokens are counted from and a content; see inputs/task.py")
-        return None, *found
+        return None, *found, digest
 
     mine = names[ranks.rank() :: ranks.ranks()]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
@@ -98,7 +104,8 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
             problems.append(Problem(example.where, example.id, "; ".join(broken)))
     contents = {name: found[2] for name, found in seen.items() if not found[0]}
     problems += two_questions(examples, contents)
-    return problems, {name: found[1] for name, found in seen.items()}, contents
+    digests = {name: found[3] for name, found in seen.items()}
+    return problems, {name: found[1] for name, found in seen.items()}, contents, digests
 
 
 def two_questions(examples: list[Example], contents: dict[str, str]) -> list[Problem]:
@@ -141,13 +148,13 @@ def count(examples: list[Example], trees: list[common.Prompt]) -> dict:
 
 
 def first_example(splits: dict, trees: dict, task: Task) -> dict:
-    """{"example": …}: the first one as the model sees it, token by token, for check.json and the report's page."""
+    """{"example", "prompt"}: the first one as the model sees it, token by token, and as it is asked elsewhere."""
     for split in SPLITS:
         if trees[split]:
             tree = trees[split][0]
             example = next(example for example in splits[split] if example.id == tree.ids[0])
             tokens = show.tokens(task.tokenizer, tree.prefix, *tree.branches[0], list(task.placeholders(example)))
-            return {"example": {"id": example.id, "tokens": tokens}}
+            return {"example": {"id": example.id, "tokens": tokens}, "prompt": prompts.prove(task, example, tree)}
     return {}
 
 
@@ -208,23 +215,30 @@ def settle(path: Path, result: dict, fatal: list, faults: list, gone: dict, skip
 
 def refuse_empty(known: set, splits: dict, args) -> None:
     """Ends where nothing is left to train on or to answer, or of a split that the data has (`known`)."""
-    if not any(splits.values()) or not (splits["train"] or args.eval_only or args.check):
-        raise SystemExit(
-            f"--data {args.data}: no {'' if args.eval_only or args.check else 'training '}examples are left"
-        )
+    kind = "" if args.eval_only or args.check else "training "
+    if not any(splits.values()) or (kind and not splits["train"]):
+        raise SystemExit(f"--data {args.data}: no {kind}examples are left")
     for split in known - {None}:
         if not splits[split]:
             raise SystemExit(f"--skip-bad would leave out all of {split}; fix its examples")
-    if args.eval_only and not splits[args.eval_split]:
-        raise SystemExit(f"--eval-split {args.eval_split}: the data has no such examples")
     if not splits[args.eval_split]:
-        print(f"--eval-split {args.eval_split}: no examples, so nothing will be answered")
+        others = " and ".join(split for split in SPLITS if splits[split])
+        text = f"--eval-split {args.eval_split}: the data has no such examples, only of {others}"
+        if args.eval_only:
+            raise SystemExit(text)
+        print(f"{text}: nothing will be answered")
+    elif not args.overfit and args.eval_split != "test":
+        why = "each look at it while settings are chosen wears it out"
+        print(f"{args.eval_split} will be answered; test only with --eval-split test: {why}")
 
 
 def overfit(loss: float, figures: dict) -> None:
     """The verdict of --overfit: exit code 1 unless every answer that was trained on is right."""
     wrong = round((1 - figures["micro"]["exact"]) * figures["micro"]["n"])
-    print(f"overfit: {figures['micro']['n']} examples, loss {loss:.4f}, {wrong} answers wrong (must be none)")
+    taken, learned = f"{figures['step']} of {figures['steps']} steps", figures["step"] < figures["steps"]
+    print(f"overfit: {figures['micro']['n']} examples, {taken}, loss {loss:.4f}, {wrong} answers wrong (must be none)")
     if wrong:
-        print("see predictions.jsonl of that run; where nothing else is wrong, give more --max-steps or a higher --lr")
+        remedy = "all was learned, so look at how it is answered (--max-answer-tokens, --decode)"
+        remedy = remedy if learned else "where nothing else is wrong, give more --max-steps or a higher --lr"
+        print(f"see predictions.jsonl of that run; {remedy}")
         raise SystemExit(1)

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import random
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from inputs import videos
@@ -25,39 +26,51 @@ class Video:
     pixels: torch.Tensor | None  # (frames, 3, height, width)
     features: torch.Tensor | None  # (frames, patches, width of the tower)
     cached_as: Path | None = None  # where its features belong
+    damaged: bool = False  # what is there are others, or none that can be read
 
     @property
     def frames(self) -> int:
         return len(self.features if self.pixels is None else self.pixels)
-
-    def keep(self, features: torch.Tensor) -> None:
-        """Into the cache, where there is one."""
-        if self.cached_as:
-            write_features(self.cached_as, features)
 
 
 class Cache:
     """Reads videos; with a folder the features that a tower has found in them before, where it has them, not pixels."""
 
     def __init__(self, folder: str | None, processor):
-        self.folder, self.processor, self.tower = folder, processor, ""
+        self.folder, self.processor, self.tower, self.rewritten = folder, processor, "", set()
 
     def belongs_to(self, tower: nn.Module) -> None:
-        """The tower whose features these are, known by a digest; before it is put on a device, and workers start."""
+        """The tower whose features these are, known by its configuration and every weight, in the format that it
+        computes with; before it is put on a device, and workers start.
+        """
         if self.folder and not next(tower.parameters()).is_meta:
-            self.tower = tower_digest(tower)
+            config = {name: value for name, value in tower.config.to_dict().items() if name != "transformers_version"}
+            self.tower = digest_of(json.dumps(config, sort_keys=True), tower.state_dict())
 
     def read(self, data: Path, media: Media, measured: dict) -> Video:
         """Raises ValueError where the video is no longer what was measured of it."""
-        contents, path = [measured[name]["sha256"] for name in media.files], None
+        contents, path, damaged = [measured[name]["sha256"] for name in media.files], None, False
         if self.folder:
             path = self.path(contents, media.frames)
-            found = read_features(path)
+            found, damaged = read_features(path)
             if found is not None:
                 return Video(media.fast, media.slow, None, found, path)
         pictures = videos.read(data, media, contents if self.folder else None)
         pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
-        return Video(media.fast, media.slow, pixels, None, path)
+        return Video(media.fast, media.slow, pixels, None, path, damaged)
+
+    def keep(self, video: Video, features: torch.Tensor) -> torch.Tensor:
+        """What the tower has found in a video, which is put into the folder, where there is one."""
+        if video.cached_as:
+            write_features(video.cached_as, features)
+            self.rewritten |= {video.cached_as} if video.damaged else set()
+        return features
+
+    def close(self) -> None:
+        """Say how many entries were no good; every rank of those that it has written anew."""
+        if self.rewritten:
+            text = f"{len(self.rewritten)} entries were damaged and are written anew"
+            print(f"--cache-features {self.folder}: {text}, such as {min(self.rewritten)}", file=sys.stderr)
 
     def path(self, contents: list[str], frames: list[int]) -> Path:
         """The file of a video's features, named by all that they depend on: what has changed is looked for elsewhere.
@@ -69,21 +82,28 @@ class Cache:
         return Path(self.folder) / key[:2] / f"{key}.safetensors"
 
 
-def tower_digest(tower: nn.Module) -> str:
-    """A digest of the tower's configuration and of every weight, in the format that it computes with."""
-    config = {name: value for name, value in tower.config.to_dict().items() if name != "transformers_version"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(tower.state_dict().items()):
+def digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """A digest of a text and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def read_features(path: Path) -> torch.Tensor | None:
-    """(frames, patches, width of the tower), or None where the file is missing or damaged: it is then written anew."""
-    with suppress(OSError, SafetensorError):
-        return load_file(path)["features"]
-    return None
+def read_features(path: Path) -> tuple[torch.Tensor | None, bool]:
+    """(frames, patches, width of the tower), or None: then with whether there is a file, but not as it was written.
+
+    An entry carries a digest of the features and, in its name, of all that they depend on.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found, carried = file.get_tensor("features"), (file.metadata() or {}).get("sha256")
+    except FileNotFoundError:
+        return None, False
+    except (OSError, SafetensorError):
+        return None, True
+    return (found, False) if digest_of(path.name, {"features": found}) == carried else (None, True)
 
 
 def write_features(path: Path, features: torch.Tensor) -> None:
@@ -91,9 +111,11 @@ def write_features(path: Path, features: torch.Tensor) -> None:
     temporary = path.with_suffix(f".{random.SystemRandom().getrandbits(64):016x}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.cpu().contiguous()}, temporary)
+        tensors = {"features": features.cpu().contiguous()}
+        # as any file: save_file's would be readable to one user alone
+        temporary.write_bytes(save(tensors, {"sha256": digest_of(path.name, tensors)}))
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise SystemExit(f"--cache-features: {path} cannot be written: {error}; make room, or name another") from None
     finally:
         with suppress(OSError):

@@ -34,6 +34,16 @@ def load(folder: Path, **expected):
     return found
 
 
+def counting(config) -> dict:
+    """What transformers' processor for a LLaVA counts the tokens of an image from; {} for other models."""
+    if not hasattr(config, "vision_feature_select_strategy"):
+        return {}
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    class_token = int(vision.model_type == "clip_vision_model")
+    counted = {"patch_size": vision.patch_size, "num_additional_image_tokens": class_token}
+    return counted | {"vision_feature_select_strategy": strategy}
+
+
 def add_flag(parser) -> None:
     """--image-fit, of a script whose vision tower takes images of one size."""
     text = "crop the centre, pad to a square, or squash, to the tower's size (default: the checkpoint's own)"
@@ -95,8 +105,7 @@ def patches(processor, patch: int) -> tuple[int, int]:
     """(rows, columns) of an image's patches, printed. Ends where a patch would be cut."""
     height, width = size_of(processor)
     if height % patch or width % patch:
-        raise SystemExit(
-            f"preprocessor_config.json: {height} x {width} pixels are not divisible into {patch} px patches"
-        )
+        text = f"{height} x {width} pixels are not divisible into {patch} px patches"
+        raise SystemExit(f"preprocessor_config.json: {text}")
     print(f"a frame is {height} x {width} pixels, {height // patch} x {width // patch} patches")
     return height // patch, width // patch

@@ -15,8 +15,10 @@ from inputs import images
 from inputs.files import SPLITS
 from inputs.task import Example, as_text, collect, named, split_of
 from inputs.texts import read_jsonl, tidy
-from report.scoring import ARTICLE, OPTION_LABEL, normalise, says_nothing
+from report.scoring import normalise, says_nothing
 
+ARTICLE = r"(?:an?|the)"
+OPTION_LABEL = r"(?<!\w)\(?([A-Ha-h])(?:\)|\.(?=\s))"  # "(a)", "a)", "A. "
 WH_WORD = r"\b(?:what|which|who|whose|where|why|how)\b"
 AUXILIARY = (
     r"(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must)"
@@ -174,9 +176,8 @@ def allow_training_answers(examples: list[Example]) -> None:
         spellings[example.question_type, short(example.answer)][example.answer] += 1
     usual = Counter()
     for example in training:
-        usual.update(
-            form for form, texts in option_forms(example).items() if short(example.answer) in map(short, texts)
-        )
+        forms = option_forms(example).items()
+        usual.update(form for form, texts in forms if short(example.answer) in map(short, texts))
     form = usual.most_common(1)[0][0] if usual else "text"
     for example in examples:
         if example.inferred and example.question_type in ("yes_no", "color", "mcq"):
@@ -238,14 +239,8 @@ def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:
     entry = tidy(data, entry)
     image = images.named(data, entry)
     group = named(entry, "group", image)
-    return Example(
-        where=where,
-        split=split or split_of(group),
-        id=named(entry, "id", where),
-        group=group,
-        media=[image],
-        **fields(composed(entry)),
-    )
+    split = split or split_of(group)
+    return Example(where=where, split=split, id=where, group=group, media=[image], **fields(composed(entry)))
 
 
 if __name__ == "__main__":

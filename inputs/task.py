@@ -166,16 +166,19 @@ class Task:
     may change
         texts(example)              all texts that become tokens: none may hold a placeholder, EOS or a sentinel
         media(example)              what is shown of an example; questions with the same prefix and media share a tree
+        messages(example)           the conversation up to its question, as a chat template reads it, each medium that
+                                    transformers reads a {"type": "image"}; None where no template is used
         positions(example, prefix)  (3, P) M-RoPE positions of the prefix; None counts from 0
         score(prediction, example)        {"exact": bool, "relaxed": bool}; prediction is None where there is no answer
         kind(example)               examples that agree in it can be asked about each other's media (--blind shuffled)
         show(example, other)        the example, asked about the other's media
         blank(media)                what read_media gives, with nothing to see in it (--blind blank)
-        remedy, synonyms            see below
+        remedy, unreadable, synonyms  see below
 
     and has
         args, tokenizer             the settings, as parsed; the tokenizer with every token registered
-        processor                   the image processor, saved beside merged weights; None where there is none
+        processor                   the image processor, saved beside the weights; None where there is none
+        processor_settings          what else transformers' processor for such a model must know: {its argument: value}
         measured                    {file: what its tokens are counted from}, once the data check has opened all
         max_positions               of the language model, where more would be an error; None: not limited
         faults                      Problems of the checkpoint's own files, listed by the data check: fault(where, text)
@@ -196,10 +199,11 @@ class Task:
     """
 
     remedy = ""  # what else than raising --pack-tokens helps where an example is too long, such as "lower --frames"
+    unreadable = ""  # what of a trained folder, or of how it is asked, plain transformers does not know (for its card)
     synonyms = ()  # sets of texts: in a relaxed match a member of one counts as any other of it
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.processor = args, tokenizer, None
+        self.args, self.tokenizer, self.processor, self.processor_settings = args, tokenizer, None, {}
         self.measured, self.faults, self.report, self.max_positions = {}, [], {}, None
 
     def fault(self, where: str, text: str) -> None:
@@ -222,6 +226,9 @@ class Task:
 
     def media(self, example: Example):
         return example.media
+
+    def messages(self, example: Example) -> list[dict] | None:
+        return None
 
     def positions(self, example: Example, prefix: list[int]) -> torch.Tensor | None:
         return None

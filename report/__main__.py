@@ -67,9 +67,7 @@ def read_answers(args: argparse.Namespace) -> dict:
     train = predictions.read_examples(args.train, "train", args.media_root) if args.train else []
     run = predictions.read_predictions(args.predictions, test, train)
     synonyms = read_synonyms(args.synonyms)
-    audit = audit_scorer(
-        lambda prediction, example: scoring.score(prediction, example)["exact"], test + train, synonyms
-    )
+    audit = audit_scorer(lambda text, example: scoring.score(text, example)["exact"], test + train, synonyms)
     found = leakage.check(args.media_root or args.test.parent, train + test)
     leakage.print_result(found)
     return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}

@@ -1,6 +1,5 @@
 """The audit: a scorer is asked what must be wrong, before a figure of its is believed."""
 
-import re
 from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from inputs import show
 from inputs.texts import read_text
 from report.intervals import united
-from report.scoring import OPTION_LABEL, answer_label, forms
+from report.scoring import answer_label, forms, option_text
 
 MOST_PAIRS = 200_000
 MOST_TOGETHER = 20  # answers given in one
@@ -19,9 +18,9 @@ def audit_scorer(right, examples: list, synonyms: list[list[str]] = ()) -> dict:
     """Ask a scorer what must be wrong; `failures` are what it called right.
 
     right(prediction, example) -> bool; None, which would leave the example out, is a failure, too. An example has id,
-    question, answer, question_type and also_right. Of each type every two distinct answers are scored against each
-    other. Those may be right that are the same after normalising, forms of one example's answer, or of one line of
-    `synonyms`: counted as declared. For every example are scored nothing, spaces, "I don't know", the question
+    question, answer, question_type, also_right and candidates. Of each type every two distinct answers are scored
+    against each other. Those may be right that are the same after normalising, forms of one example's answer, or of one
+    line of `synonyms`: counted as declared. For every example are scored nothing, spaces, "I don't know", the question
     itself, and different answers of its type in one. Of more than MOST_PAIRS pairs a regular part is scored: `pairs`
     says how many.
     """
@@ -52,7 +51,7 @@ class Audit:
         meaning = self.meaning[example.question_type]
         if meaning.get(answer_label(prediction)) == meaning[answer_label(example.answer)]:
             return True
-        option = re.sub(rf"^\s*{OPTION_LABEL}\s*", "", str(example.answer))  # "left" is enough for "(a) left"
+        option = option_text(example.answer, example.candidates)  # "left" is enough for "(a) left"
         return example.question_type == "mcq" and answer_label(prediction) == answer_label(option)
 
     def ask(self, prediction: str, example, what: str) -> None:

@@ -22,9 +22,7 @@ class AnyExample(Example):
         return [name for name in self.media if name != self.heard] or self.media
 
 
-def read(
-    path: Path, split: str | None = None, endovis: str | None = None, media: Path | None = None
-) -> tuple[list[AnyExample], list[Problem]]:
+def read(path: Path, split=None, endovis=None, media: Path | None = None) -> tuple[list[AnyExample], list[Problem]]:
     """The examples of a data folder, whichever script it is for, or of one file; and what is no example.
 
     `split` is that of a file's examples; `endovis` one of layouts.ENDOVIS, for that data set; `media` where its media

@@ -5,13 +5,14 @@ from collections import Counter
 import numpy as np
 
 from report.intervals import united
+from report.read import OF_WHAT
 from report.scoring import answer_label, true_candidate
 from report.summary import summarise
 
 MOST_LABELS, MOST_CONFUSED = 200, 12  # listed in results.json; shown as a table of who is taken for whom
 OTHER = None  # what is none of the labels: no text, or an answer "other" would be taken for it
-ABOUT = {"split": None, "decode": None, "git_commit": None, "script": None}  # what is unknown of others' answers
-ABOUT |= {"argv": [], "versions": {}, "settings": {}, "own": {}}
+ABOUT = dict.fromkeys((*OF_WHAT, "split", "decode", "git_differs"))
+ABOUT |= {"argv": [], "versions": {}, "settings": {}, "own": {}}  # what is unknown of others' answers
 
 
 def summarise_run(run: dict) -> dict:
@@ -34,7 +35,7 @@ def summarise_run(run: dict) -> dict:
     for kind, entry in found["types"].items():
         part = [record for record in records if record["question_type"] == kind]
         entry |= label_figures(part) | ranked_figures(part)
-    found["micro"] |= ranked_figures(records, overall=True)
+    found["micro"] |= ranked_figures(records)
     about = {"name": run["name"]} | {name: run.get(name, unknown) for name, unknown in ABOUT.items()}
     return {**about, **found, "n": len(records), "blind": {}, "notes": notes}
 
@@ -86,21 +87,15 @@ def label_figures(records: list[dict]) -> dict:
     return figures
 
 
-def ranked_figures(records: list[dict], overall: bool = False) -> dict:
-    """Calibration, and of one type the mean average precision, of the records whose candidates were ranked."""
+def ranked_figures(records: list[dict]) -> dict:
+    """The calibration of the records whose candidates were ranked; {} where none were."""
     ranked = [r for r in records if r.get("probabilities") and r.get("candidates")]
     if not ranked:
         return {}
     likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in ranked]
     true = [true_candidate(r) for r in ranked]
     sure = [r["probabilities"][name] for r, name in zip(ranked, likeliest, strict=True)]
-    figures = {"calibration": calibration(sure, [s == t for s, t in zip(likeliest, true, strict=True)])}
-    names = list(ranked[0]["probabilities"])
-    if not overall and all(list(r["probabilities"]) == names for r in ranked):
-        areas = [average_precision([r["probabilities"][x] for r in ranked], [t == x for t in true]) for x in names]
-        known = [area for area in areas if area is not None]
-        figures["map"] = float(np.mean(known)) if known else None
-    return figures
+    return {"calibration": calibration(sure, [s == t for s, t in zip(likeliest, true, strict=True)])}
 
 
 def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> dict:
@@ -121,18 +116,3 @@ def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> d
         found.append({**ends, "n": n, "confidence": sure, "accuracy": share})
     ece = sum(b["n"] / len(right) * abs(b["accuracy"] - b["confidence"]) for b in found if b["n"])
     return {"ece": ece, "n": len(right), "bins": found}
-
-
-def average_precision(scores: list[float], positive: list[bool]) -> float | None:
-    """The area under precision over recall, as steps: the sum of (R_k - R_(k-1)) P_k over the scores, highest first.
-
-    None without a positive.
-    """
-    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=float)
-    if not positive.sum():
-        return None
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(positive[order])
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores are taken together
-    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))

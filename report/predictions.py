@@ -32,7 +32,10 @@ def read_predictions(path: Path, test: list[Example], train: list[Example]) -> d
 
     An example that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
     """
-    answered = read_lines(path, known_ids(test))
+    # "qa_1" is enough for "002-004/qa_1", where no two would be the same
+    short = {example.id.rpartition("/")[2]: example.id for example in test}
+    known = (short if len(short) == len(test) else {}) | {example.id: example.id for example in test}
+    answered = read_lines(path, known)
     names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
     records = []
     for example in test:
@@ -45,14 +48,11 @@ def read_predictions(path: Path, test: list[Example], train: list[Example]) -> d
     return {"name": str(path), "records": records, "notes": [text] if unanswered else []}
 
 
-def known_ids(test: list[Example]) -> dict[str, str]:
-    """{what a line may call it: the example's ID}: "qa_1", too, of "002-004/qa_1", where no two would be the same."""
-    known = {example.id.rpartition("/")[2]: example.id for example in test}
-    return (known if len(known) == len(test) else {}) | {example.id: example.id for example in test}
-
-
 def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
-    """{example's ID: what is answered} of a predictions file. Ends with what is wrong where there is something."""
+    """{example's ID: what is answered} of a predictions file; `known` are {what a line may call it: its ID}.
+
+    Ends with what is wrong where there is something.
+    """
     lines, problems = read_jsonl(path)
     answered = {}
     for where, line in lines:

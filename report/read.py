@@ -7,6 +7,7 @@ from inputs.texts import read_json, read_jsonl
 
 RECORD = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "relaxed"}
 ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # how a run was answered
+OF_WHAT = ("model", "checkpoint", "step", "steps", "left_out", "script", "script_sha256", "git_commit")  # by what
 
 
 def read_run(folder: Path) -> dict:
@@ -24,9 +25,9 @@ def read_run(folder: Path) -> dict:
         "audit": check.get("scorer"),
         "leakage": check.get("leakage"),
         "own": {name: value for name, value in results.items() if isinstance(value, float)},  # of its script
-        **{name: results.get(name) for name in (*ANSWERED, "cut_off")},
+        **{name: (config | results).get(name) for name in (*ANSWERED, *OF_WHAT, "cut_off")},
         **{name: config.get(name, empty) for name, empty in {"argv": [], "versions": {}, "settings": {}}.items()},
-        **{name: config.get(name) for name in ("script", "git_commit")},
+        "git_differs": any(of.get("git_differs") for of in (config, results)),  # while it trained, or answered
     }
 
 

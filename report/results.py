@@ -5,9 +5,12 @@ from pathlib import Path
 from report.baselines import blind_answers
 from report.summary import results_table, summarise
 from report.write import write_report
+from runtime import card
 from runtime.files import write_json, write_jsonl
+from runtime.folders import read_json
 from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
+from runtime.record import code
 
 
 def finish(records: list[dict], asked: list, train_examples: list, task, run, own=None) -> dict:
@@ -17,17 +20,19 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     """
     add_baselines(records, asked, train_examples, task.score)
     args, results = run.args, summarise(records)
-    results |= {"split": args.eval_split, "decode": args.decode, "model": args.model}
-    results |= {"checkpoint": str(run.checkpoint) if run.checkpoint else None}
+    given = ("model", "data", "media_root", "decode", "max_answer_tokens", "limit")
+    results |= {"split": args.eval_split, **{name: getattr(args, name) for name in given}, **code()}
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
-    results |= {"data": str(args.data), "media_root": args.media_root}
-    results |= {"max_answer_tokens": args.max_answer_tokens, "limit": args.limit}
     predictions = run.folder / "predictions.jsonl"
     on_first_rank(lambda: refuse_lost(run.folder))
     write_jsonl(predictions, records)
     print(results_table(results))
-    results |= own() if own else {}  # only now: what fails there costs no answers
+    state = on_first_rank(lambda: read_json(run.checkpoint / "state.json"))  # only now: what fails costs no answers
+    results |= {"checkpoint": str(run.checkpoint), "step": state["step"], "steps": state["same"].get("steps")}
+    results |= own() if own else {}
     write_json(run.folder / "results.json", results)
+    if not args.blind:
+        on_first_rank(lambda: card.update(task, run))
     print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:
         on_first_rank(lambda: write_report(run.folder, Path(args.media_root)))

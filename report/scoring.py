@@ -8,13 +8,14 @@ example's. Every exact or relaxed match of this project is decided in this file.
 import functools
 import re
 import unicodedata
-from itertools import permutations
 
-ARTICLE = r"(?:an?|the)"
-OPTION_LABEL = r"(?<!\w)\(?([A-Ha-h])(?:\)|\.(?=\s))"  # "(a)", "a)", "A. "
-NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
-NUMBER_WORDS += ["twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
-SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), "'": None, "’": None, "≥": ">=", "≤": "<="})
+LONGEST = 2_000  # characters; a longer text, such as a prediction that never ended, is compared as it is written
+UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+NUMBERS = [*UNITS, *(f"{ten} {unit}".strip() for ten in TENS for unit in ["", *UNITS[1:10]]), "one hundred"]  # 0 to 100
+NUMBER_WORDS = "|".join(sorted(NUMBERS, key=len, reverse=True)).replace(" ", "[ -]")  # "sixty-one" before "sixty"
+SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), **dict.fromkeys("'‘’"), "≥": ">=", "≤": "<="})
 
 # ---- what makes no difference ------------------------------------------------------------------------------
 
@@ -23,15 +24,17 @@ SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), "'": N
 def normalise(text: str | int | float | None) -> str:
     """`text` (None is "") in the form in which answers are compared. "The Z-Line." → "z line".
 
-    Lower case, NFKC, no punctuation, no articles, number words as digits, spaces folded. What keeps
-    numbers apart stays: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
+    Lower case, NFKC, no punctuation, no "the", no "a" or "an" at the beginning, number words as digits, spaces folded.
+    What keeps numbers apart stays: "5-10mm", ">20mm", "2.5". "11 – 20 mm" is "11-20mm": its spaces say nothing.
     """
     text = unicodedata.normalize("NFKC", "" if text is None else str(text)).lower().translate(SAME_SIGN)
-    text = re.sub(rf"(?<!\S){ARTICLE}\s+(?=\S)", "", text)  # not "(a)" or a final "A": these are answers
-    text = re.sub(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", lambda word: str(NUMBER_WORDS.index(word[0])), text)
-    text = re.sub(r"(?<=[\dm])\s*-\s*(?=\d)", "-", text)
+    text = re.sub(r"(?<!\S)the (?=\S)", "", " ".join(text.split()))
+    text = re.sub(r"^(?:an? )+(?=\S)", "", text)  # no other "a": "hepatitis A virus", "LA grade A" and "(a)" are names
+    text = re.sub(rf"\b(?:{NUMBER_WORDS})\b", lambda word: str(NUMBERS.index(word[0].replace("-", " "))), text)
+    text = re.sub(r"(?<=[\dm]) ?- ?(?=\d)", "-", text)
+    text = re.sub(r"(?<=[^\W\d_])(?<![mc]m)[-./](?=\d)", " ", text)  # "COVID-19" is "covid 19", not so "5mm-1cm"
     text = "".join(char if is_kept(char, text[i + 1 : i + 2]) else " " for i, char in enumerate(text))
-    return re.sub(r"(?<=[<>=]) (?=\d)|(?<=\d) (?=[mc]m\b)", "", " ".join(text.split()))
+    return re.sub(r"(?<=[<>=]) (?=\d)|(?<=\d) (?=[mc]m\b|%)", "", " ".join(text.split()))
 
 
 def is_kept(char: str, following: str) -> bool:
@@ -44,7 +47,8 @@ def is_kept(char: str, following: str) -> bool:
 
 def members(text) -> set[str]:
     """The answers that ";" separates, normalised: "Red; pink;red" → {"red", "pink"}."""
-    return {normalise(part) for part in str("" if text is None else text).split(";")} - {""}
+    text = str("" if text is None else text)
+    return {text} if len(text) > LONGEST else {normalise(part) for part in text.split(";")} - {""}
 
 
 def answer_label(answer) -> str:
@@ -61,35 +65,41 @@ def says_nothing(answer) -> bool:
 # ---- right or wrong ----------------------------------------------------------------------------------------
 
 
-def score_answer(prediction, answer, type: str) -> dict[str, bool]:
+def score_answer(prediction, answer, type: str, candidates=None) -> dict[str, bool]:
     """{"exact", "relaxed"} for a `prediction` (None is wrong), the true `answer` and the question's `type`.
 
     exact, the strict figure: equal after `normalise`, from the first word to the last. ";" separates a set: order,
     spaces and duplicates do not matter, every member is needed, none may be extra. For an mcq "text" is enough where
-    the answer is "(a) text"; a label that the answer does not have is wrong.
+    the answer is "(a) text", see `option_text`; a label that the answer does not have is wrong.
 
     relaxed: exact, or
       size_numeric   a value inside the true range; two ranges within 1 mm at each end; two values within 1 mm
-                     or 10 % of the true one. A missing unit means mm. Sets: one match for each member.
-      count_numeric  the only number in it is the true one ("2 polyps" for "2"); off by one is wrong.
-    For every other type, also a data set's own, relaxed = exact.
+                     or 10 % of the true one. A missing unit means mm.
+      count_numeric  the true number, alone or in a sentence that does not change it ("there are 2 polyps" for "2"),
+                     and of nothing else where both say of what ("2 ulcers" is wrong for "2 polyps").
+    Of a set each member needs a match of its own. For every other type, also a data set's own, relaxed = exact.
 
     Raises ValueError for an answer that is None, "nan" or without letters and digits: never score such an example.
     """
     true, predicted = members(answer), members(prediction)
     if says_nothing(answer):
         raise ValueError(f"the true answer is empty ({answer!r}): correct this example or leave it out by name")
-    exact = relaxed = predicted == true
+    exact = predicted == true
     if type == "mcq" and predicted and not exact:
-        exact = relaxed = predicted == members(re.sub(rf"^\s*{OPTION_LABEL}\s*", "", str(answer)))
-    if type == "size_numeric" and len(predicted) == len(true):
-        sizes, true_sizes = [size_mm(text) for text in predicted], [size_mm(text) for text in true]
-        if None not in sizes + true_sizes:
-            relaxed = exact or any(all(map(same_size, order, true_sizes)) for order in permutations(sizes))
+        exact = predicted == members(option_text(answer, candidates))
+    relaxed = exact
+    if type == "size_numeric":
+        relaxed = exact or pair_up([*map(size_mm, predicted)], [*map(size_mm, true)], same_size)
     if type == "count_numeric":
-        count = single_count(answer)
-        relaxed = exact or (count is not None and single_count(prediction) == count)
+        relaxed = exact or pair_up([*map(count_said, predicted)], [*map(count_said, true)], same_count)
     return {"exact": exact, "relaxed": relaxed}
+
+
+def option_text(answer, candidates=None) -> str:
+    """The "left" of "(a) left", and of "A. left" where "left" is a candidate: "E. coli" is no option E."""
+    text = re.sub(r"^\s*\(?[A-Ha-h]\)\s*", "", str(answer))
+    behind_point = re.sub(r"^\s*[A-Ha-h]\.\s+", "", text)
+    return behind_point if normalise(behind_point) in map(normalise, candidates or []) else text
 
 
 def score(prediction: str | None, example, synonyms=()) -> dict[str, bool]:
@@ -97,9 +107,9 @@ def score(prediction: str | None, example, synonyms=()) -> dict[str, bool]:
 
     `synonyms` are sets of texts: in a relaxed match a member of one counts as any other of it. Raises ValueError.
     """
-    scores = [score_answer(prediction, form, example.question_type) for form in forms(example)]
-    prediction, right = normalise(prediction), {normalise(form) for form in forms(example)}
-    lines = [{normalise(word) for word in line} for line in synonyms]
+    scores = [score_answer(prediction, form, example.question_type, example.candidates) for form in forms(example)]
+    prediction, right = answer_label(prediction), {answer_label(form) for form in forms(example)}
+    lines = [{answer_label(word) for word in line} for line in synonyms]
     same = any(prediction in line and line & right for line in lines)
     return {"exact": any(s["exact"] for s in scores), "relaxed": same or any(s["relaxed"] for s in scores)}
 
@@ -111,9 +121,9 @@ def forms(example) -> list[str]:
 
 def true_candidate(record: dict) -> str | None:
     """Of a record's `candidates` the first that is right for its answer, or another form of it; None where none is."""
-    right, kind = [record["answer"], *record.get("also_right", [])], record["question_type"]
-    found = (c for c in record["candidates"] if any(c == f or score_answer(c, f, kind)["exact"] for f in right))
-    return next(found, None)
+    right, known = [record["answer"], *record.get("also_right", [])], record["candidates"]
+    type = record["question_type"]
+    return next((c for c in known if any(score_answer(c, form, type, known)["exact"] for form in right)), None)
 
 
 def answerable(example) -> bool:
@@ -122,7 +132,7 @@ def answerable(example) -> bool:
 
 
 def caption(prediction: str | None, true: str) -> dict[str, bool]:
-    """exact: the same words as they are written. relaxed: as answers are compared, which drops the Italian word "a"."""
+    """exact: the same words as they are written. relaxed: as answers are compared, case and punctuation aside."""
     words = unicodedata.normalize("NFC", prediction or "").split()
     return {"exact": words == true.split(), "relaxed": score_answer(prediction, true, "caption")["exact"]}
 
@@ -132,8 +142,8 @@ def caption(prediction: str | None, true: str) -> dict[str, bool]:
 
 def size_mm(text: str) -> tuple[float, float, bool] | None:
     """(low, high, ends excluded?) in mm of a normalised size, or None: "<5mm" → (0, 5, True)."""
-    value = r"(\d*\.?\d+)\s*(mm|cm|millimet\w+|centimet\w+)?"
-    size = re.fullmatch(rf"([<>]=?)?{value}(?:\s*(?:-|to)\s*{value})?", text)
+    value = r"(\d+(?:\.\d+)?|\.\d+) ?(mm|cm|millimet\w+|centimet\w+)?"
+    size = re.fullmatch(rf"([<>]=?)?{value}(?: ?(?:-|to) ?{value})?", text)
     if not size:
         return None
     sign, low, low_unit, high, high_unit = size.groups()
@@ -157,9 +167,37 @@ def same_size(predicted: tuple, true: tuple) -> bool:
     return true_low < true_high and all(a == b or round(abs(a - b), 6) <= 1.0 for a, b in ends)
 
 
-def single_count(text) -> str | None:
-    """The "2" of "2" and "there are 2 polyps"; None for "2-3", "<2", "2mm", "not 2", "2 or 3"."""
-    words = normalise(text).split()
-    numbers = {word for word in words if re.search(r"\d", word)}
-    hedged = {"not", "no", "or", "than", "least", "most", "over", "under"}.intersection(words)
-    return numbers.pop() if len(numbers) == 1 and all(map(str.isdecimal, numbers)) and not hedged else None
+# A count may be said with these words. Any other may change it or mean something else: "below 2", "2 dozen", "type 2".
+BEFORE_A_COUNT = "there|is|are|i|see|exactly|only|a|total|of"
+COUNTED = "polyp|lesion|finding|ulcer|instrument"
+AFTER_A_COUNT = "is|are|seen|visible|present|in|this|image|frame|video"
+
+
+def count_said(text: str) -> tuple[str, str | None] | None:
+    """("2", "polyp") of a normalised "there are 2 polyps", ("2", None) of "2"; None where it says anything else."""
+    found = re.fullmatch(rf"(?:(?:{BEFORE_A_COUNT}) )*(\d+)(?: ({COUNTED})s?)?(?: (?:{AFTER_A_COUNT}))*", text)
+    return found.groups() if found else None
+
+
+def same_count(predicted: tuple, true: tuple) -> bool:
+    """The relaxed rule of `score_answer`, for two of `count_said`."""
+    (number, thing), (true_number, true_thing) = predicted, true
+    return number == true_number and (None in (thing, true_thing) or thing == true_thing)
+
+
+def pair_up(predicted: list, true: list, same) -> bool:
+    """Has each predicted value a true one of its own that is the `same`? Not where one is None, or more than 50 are."""
+    if not len(predicted) == len(true) <= 50 or None in predicted + true:
+        return False
+    owner = {}  # place of a true value -> place of the predicted one that has it
+
+    def find(i: int, tried: set[int]) -> bool:  # Kuhn's algorithm: trying every order takes seconds for ten values
+        for j in range(len(true)):
+            if j not in tried and same(predicted[i], true[j]):
+                tried.add(j)
+                if j not in owner or find(owner[j], tried):  # free, or its owner finds another
+                    owner[j] = i
+                    return True
+        return False
+
+    return all(find(i, set()) for i in range(len(predicted)))

@@ -59,8 +59,8 @@ def label_figures(records: list[dict]) -> dict:
     """Figures that always saying the most frequent label does not raise; {} unless all may give the same answers.
 
     balanced is the mean over the labels of the share of its records answered rightly. Where the candidates were
-    ranked: ranked, the share whose likeliest candidate is right, and auroc, the mean over the labels of one against
-    the others. Without two labels among the true answers balanced and auroc are None.
+    ranked: ranked, the share whose likeliest candidate is right, and auroc and map (average precision), the means over
+    the labels of one against the others. Without two labels among the true answers balanced and auroc are None.
     """
     labels = records[0].get("candidates")
     if not labels or len(labels) < 2 or any(r.get("candidates") != labels for r in records):
@@ -71,10 +71,11 @@ def label_figures(records: list[dict]) -> dict:
     figures = {"balanced": float(np.mean(shares)) if len(shares) > 1 else None}
     if all("probabilities" in r for r in records):
         likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in records]
-        by_label = [auroc([r["probabilities"][x] for r in records], [t == x for t in true]) for x in labels]
-        known = [area for area in by_label if area is not None]
         figures["ranked"] = float(np.mean([prediction == t for prediction, t in zip(likeliest, true, strict=True)]))
-        figures["auroc"] = float(np.mean(known)) if known else None
+        for name, area in (("auroc", auroc), ("map", average_precision)):
+            by_label = [area([r["probabilities"][x] for r in records], [t == x for t in true]) for x in labels]
+            known = [area for area in by_label if area is not None]
+            figures[name] = float(np.mean(known)) if known else None
     return figures
 
 
@@ -86,6 +87,21 @@ def auroc(scores: list[float], positive: list[bool]) -> float | None:
         return None
     wins = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")  # twice: lower, plus equal
     return float(wins.mean() / 2 / len(below))
+
+
+def average_precision(scores: list[float], positive: list[bool]) -> float | None:
+    """The area under precision over recall, as steps: the sum of (R_k - R_(k-1)) P_k over the scores, highest first.
+
+    None without a positive.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=float)
+    if not positive.sum():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positive[order])
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores are taken together
+    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
 
 def results_table(results: dict) -> str:

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common import LoRALinear, add_lora, lora_layers
+from runtime.folders import header, read_json
 
 PREFIX = "base_model.model."  # peft's, before the name of every tensor
 UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "fan_in_fan_out"]
 UNSUPPORTED += ["use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"]
+VALUES = {"r": None, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False}  # and what they are where unsaid
 
 
 def save_trained(model: nn.Module, folder: Path, trained: dict[str, torch.Tensor]) -> None:
@@ -32,32 +34,30 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         load_adapter(model, folder)
         return
     tensors = read_tensors(Path(folder) / "model.safetensors")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes, expected = ({name: t.shape for name, t in found.items()} for found in (tensors, trained))
-    wrong = {name for name, _ in shapes.items() ^ expected.items()}
-    if wrong:
-        raise ValueError(f"{folder}: {len(wrong)} parameters do not fit the model, such as {min(wrong)}")
-    copy(tensors, trained)
+    copy(tensors, {name: p for name, p in model.named_parameters() if p.requires_grad}, folder)
+
+
+def with_grafts(kind: str, model: nn.Module) -> str:
+    """A type of model or adapter; where a script has grafted parts on, one that transformers and peft refuse."""
+    grafted = getattr(model, "grafted", None)
+    return f"{kind} with {grafted}, which its own training script alone reads" if grafted else kind
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json as peft does, trained plain modules included.
 
     A projector that is trained but not saved is lost without a word; here whatever requires a gradient is saved.
-    Raises ValueError where there are no LoRA layers, where one is merged, or where they differ in r or alpha.
+    Raises ValueError where there are no LoRA layers, or where they differ in r or alpha.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no LoRA layers to save")
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged: save the adapter before merging")
     first = next(iter(layers.values()))
     if any((m.r, m.alpha, m.rslora) != (first.r, first.alpha, first.rslora) for m in layers.values()):
         raise ValueError("layers with different r or alpha cannot be saved: adapter_config.json names one of each")
     plain = trained_plain_modules(model)
     config = {
-        "peft_type": "LORA",
+        "peft_type": with_grafts("LORA", model),
         "base_model_name_or_path": getattr(model, "name_or_path", ""),
         "r": first.r,
         "lora_alpha": first.alpha,
@@ -87,31 +87,20 @@ def load_adapter(model: nn.Module, folder: Path) -> list[str]:
     module of the model its key; anything else raises ValueError, as do peft features not supported here.
     """
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    refuse_unsupported(config, folder)
+    config = read_config(folder)
     tensors = read_tensors(folder / "adapter_model.safetensors")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    r, alpha, dropout, rslora = (config[name] for name in VALUES)
     if not lora_layers(model):
-        r, alpha = config["r"], config["lora_alpha"]
-        pattern = "|".join(re.escape(name) for name in names)
-        add_lora(model, pattern, r, alpha, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
+        add_lora(model, "|".join(re.escape(name) for name in names), r, alpha, dropout, rslora, without=".*")
     layers = lora_layers(model)
     for layer in layers.values():
-        layer.alpha, layer.rslora = config["lora_alpha"], config.get("use_rslora", False)
+        layer.alpha, layer.rslora = alpha, rslora
     places = matrices(layers)
     plain = {*trained_plain_modules(model), *(key.rpartition(".")[0] for key in tensors.keys() - places.keys())}
     places |= {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in plain}
-    if places.keys() != tensors.keys():
-        homeless, missing = tensors.keys() - places.keys(), places.keys() - tensors.keys()
-        raise ValueError(
-            f"{folder}: adapter and model do not fit: {len(homeless)} keys without a place "
-            f"({min(homeless, default='none')}), {len(missing)} not in the file ({min(missing, default='none')})"
-        )
-    for key, tensor in tensors.items():
-        if places[key].shape != tensor.shape:
-            raise ValueError(f"{folder}: {key} has shape {tuple(tensor.shape)}, the model {tuple(places[key].shape)}")
-    copy(tensors, places)
+    copy(tensors, places, folder)
     return names
 
 
@@ -124,13 +113,35 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def refuse_unsupported(config: dict, folder: Path) -> None:
-    """Raise ValueError for an adapter that is not plain LoRA: it would load, and answer otherwise than trained."""
+def rank_of(folder: Path) -> int | None:
+    """The rows of the adapter's first A, read from the file's header; None where the folder holds no adapter."""
+    path = folder / "adapter_model.safetensors"
+    tensors = header(path) if path.is_file() else {}
+    return next((shape[0] for name, (_, shape) in tensors.items() if name.endswith(".lora_A.weight") and shape), None)
+
+
+def read_config(folder: Path) -> dict:
+    """adapter_config.json, with each of VALUES.
+
+    Raises ValueError for an adapter that is not plain LoRA, or not that of its matrices: it would load, and answer
+    otherwise than trained.
+    """
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}: adapter_config.json holds no settings")
     used = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
         used.append("init_lora_weights")  # others, such as PiSSA, change the base weights too
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
+    if str(config.get("peft_type")).partition(" with ")[0] != "LORA" or config.get("bias", "none") != "none" or used:
         raise ValueError(f"{folder}: only plain LoRA adapters can be loaded ({used or config.get('peft_type')})")
+    config = VALUES | config
+    r, alpha, dropout, rslora = (config[name] for name in VALUES)
+    kinds = [type(r) is int, type(alpha) in (int, float), type(dropout) in (int, float), type(rslora) is bool]
+    if not all(kinds) or r != rank_of(folder) or not abs(alpha) < 1e6 or not 0 <= dropout < 1:
+        found = ", ".join(f"{name} {config[name]!r}" for name in VALUES)
+        text = f"but the matrices have {rank_of(folder)} rows, and the others are finite numbers"
+        raise ValueError(f"{folder}: adapter_config.json says {found[:200]}, {text}; copy the adapter again")
+    return config
 
 
 def matrices(layers: dict[str, LoRALinear]) -> dict[str, torch.Tensor]:
@@ -146,6 +157,15 @@ def trained_plain_modules(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def copy(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor]) -> None:
+def copy(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raises ValueError where names or shapes of the folder's tensors are not those of the model, which then stays."""
+    homeless, missing = tensors.keys() - places.keys(), places.keys() - tensors.keys()
+    if homeless or missing:
+        text = f"{len(homeless)} keys without a place ({min(homeless, default='none')}), "
+        text += f"{len(missing)} not in the file ({min(missing, default='none')})"
+        raise ValueError(f"{folder}: what was trained does not fit the model: {text}")
+    for name, tensor in tensors.items():
+        if places[name].shape != tensor.shape:
+            raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the model {tuple(places[name].shape)}")
     for name, tensor in tensors.items():
         places[name].copy_(tensor)

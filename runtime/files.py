@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -31,14 +31,18 @@ def writing(path: Path):
 
 @contextmanager
 def replacing(folder: Path):
-    """A folder to write into, which takes the place of `folder` once it is complete."""
+    """A folder to write into, which takes the place of `folder` once it is complete, and is removed if it never is."""
     temporary = folder.with_name(folder.name + ".writing")
     with writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            yield temporary
+            settle(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -61,6 +65,17 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
                 file.writelines([text] if isinstance(text, str) else text)
             sync(temporary)
             temporary.replace(path)
+
+
+def settle(folder: Path) -> None:
+    """All files of a folder on the disk, with the permissions of new files: safetensors are written for one user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            with suppress(OSError):  # there are file systems without permissions
+                path.chmod(0o666 & ~mask)
+        sync(path)
 
 
 def sync(path: Path) -> None:

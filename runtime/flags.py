@@ -14,7 +14,6 @@ from runtime.foreign_flags import explain
 
 YES_NO = argparse.BooleanOptionalAction
 LORA_AND_FULL = {"lora": "adapters", "full": "every parameter"}
-ANSWERS = {"free": "greedy", "trie": "constrained", "score": "ranked"}  # names that --decode also takes
 OVERFIT_STEPS = 200  # of --overfit, unless --max-steps is given
 
 
@@ -158,13 +157,12 @@ def add_saving(add) -> None:
     add("--resume", default="auto", metavar="WHAT", help=text)
     text = "resume although settings or data have changed since the checkpoint (default: no)"
     add("--resume-anyway", action="store_true", help=text)
-    text = "split that is answered at the end: test, val or train (default: %(default)s)"
-    add("--eval-split", choices=["test", "val", "train"], metavar="SPLIT", default="test", help=text)
+    text = "split that is answered: val, train, or, once settings are chosen, test (default: %(default)s)"
+    add("--eval-split", choices=["test", "val", "train"], metavar="SPLIT", default="val", help=text)
     choices = ["greedy", "constrained", "ranked", "both"]
     text = "greedy: token by token; constrained: so, among allowed answers; ranked: the likeliest allowed answer, with "
     text += "probabilities; both: greedy, and ranked besides (default: %(default)s)"
-    kind = {"type": lambda text: ANSWERS.get(text, text), "choices": choices, "metavar": "HOW"}
-    add("--decode", **kind, default="greedy", help=text)
+    add("--decode", choices=choices, metavar="HOW", default="greedy", help=text)
     text = "most tokens of an answer that is not ranked (default: %(default)s)"
     add("--max-answer-tokens", type=positive, metavar="N", default=64, help=text)
     text = "with --eval-only: show nothing, or another group's media; into RUN/blind (default: no)"
@@ -175,10 +173,10 @@ def add_saving(add) -> None:
 def add_modes(add) -> None:
     add("-h", "--help", action="help", help="show this and exit")
     add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
-    text = f"overfit the first N examples in {OVERFIT_STEPS} steps (or --max-steps); exit code 1 if one is wrong"
+    text = f"overfit the first N examples in at most {OVERFIT_STEPS} steps (--max-steps); exit code 1 if one is wrong"
     add("--overfit", type=positive, metavar="N", help=text)
     add("--eval-only", action="store_true", help="answer --eval-split with what --resume has trained")
-    add("--merge", metavar="DIR", help="write the model with what --resume has trained as one model folder")
+    add("--merge", metavar="DIR", help="write the model with what --resume has trained as a new model folder")
 
 
 def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
@@ -194,14 +192,16 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--media-root {args.media_root}: no such folder")
     if args.merge and args.resume == "auto" and not args.out:
         parser.error("--merge: --out RUN required, or --resume FOLDER")
+    if args.merge and os.path.lexists(args.merge):  # a model, perhaps the base itself
+        parser.error(f"--merge {args.merge}: it exists already; name a new folder")
     modes = [f"--{name.replace('_', '-')}" for name in ("check", "overfit", "eval_only", "merge") if vars(args)[name]]
-    if len(modes) > 1:
+    if len(modes) > 1 and (args.merge or not args.check):  # --check looks at what the others begin with
         parser.error(f"{' and '.join(modes)}: one at a time")
     if args.blind and not args.eval_only:
         parser.error("--blind is for --eval-only")
     if args.overfit:
         args.resume, args.max_steps = "none", args.max_steps or OVERFIT_STEPS
-        args.epochs, args.out = args.max_steps, f"{args.out}/overfit"
+        args.epochs, args.out, args.eval_split = args.max_steps, f"{args.out}/overfit", "train"
     print_settings(parser, args)
     args.media_root = args.media_root or args.data
     return args
@@ -222,6 +222,9 @@ def print_settings(parser: Parser, args: argparse.Namespace) -> None:
 def adopt(args: argparse.Namespace, saved: dict, source) -> None:
     """Settings that a saved model is bound to, printed where they are not those given."""
     for name, value in saved.items():
+        kinds = {type(value), type(getattr(args, name, value))} - {type(None)}
+        if not hasattr(args, name) or (len(kinds) > 1 and kinds != {int, float}):
+            raise SystemExit(f"{source} cannot be used: {name} {repr(value)[:60]} is no setting of this script")
         if getattr(args, name) != value:
             print(f"{name} {value} (from {source})")
             setattr(args, name, value)

@@ -1,14 +1,26 @@
-"""Model folders: downloaded with retries, refused where files are missing or cut off."""
+"""Model folders: downloaded with retries, refused where files are missing or cut off, known again by their weights."""
 
 import hashlib
 import json
 import os
+import re
+import resource
+import signal
+import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
 from huggingface_hub.errors import StrictDataclassError
+
+from runtime.files import sha256
+
+ENDS = 2**20  # bytes at either end of a file
+LAYERS = "num_hidden_layers", "num_layers", "n_layer", "depth", "encoder_layers", "decoder_layers"  # in config.json
+SECONDS, WAITED = 10, 200  # of computing, and in all: what a chat template may take, and
+ROOM, LONGEST = 2**30, 2**20  # bytes and characters
 
 
 def find(name: str, weights: bool = True, tries: int = 5, flag: str = "--model") -> Path:
@@ -32,7 +44,7 @@ def download(name: str, weights: bool, tries: int, flag: str) -> Path:
     from huggingface_hub import snapshot_download  # comes with transformers
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    patterns = ["README.md", "*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     for attempt in range(1, tries + 1):
         try:
             return Path(snapshot_download(name, allow_patterns=patterns))
@@ -69,14 +81,16 @@ def problems(folder: Path, weights: bool = True) -> list[str]:
     if read_json(folder / "config.json").get("quantization_config"):
         text = "the weights are quantised: merged with an adapter they would be rounded again; use the original ones"
         found.append(f"{folder / 'config.json'}: {text}")
+    shards = weight_files(folder)
+    faults = [f"{shard}: {fault}" for shard in shards if (fault := safetensors_fault(shard))]
+    if shards and not faults:
+        found += size_faults(folder, shards)
     if not weights:
         return found
-    shards = weight_files(folder)
     if not shards:
         other = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
         found.append(f"{folder}: model.safetensors is missing ({other} found; pickled weights are never read)")
-    faults = [(shard, safetensors_fault(shard)) for shard in shards]
-    return found + [f"{shard}: {fault}" for shard, fault in faults if fault]
+    return found + faults
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -87,21 +101,44 @@ def weight_files(folder: Path) -> list[Path]:
     return [path for path in [folder / "model.safetensors"] if path.exists()]
 
 
+def header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """{name: (number format, shape)} of a file's tensors. SafetensorError where its size is another, or no header."""
+    with safetensors.safe_open(path, "np") as file:
+        found = {name: file.get_slice(name) for name in sorted(file.keys())}
+        return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in found.items()}
+
+
 def safetensors_fault(path: Path) -> str | None:
     """Why a file of weights cannot be used, from its header and size alone; None where it can."""
     if not path.is_file():
         return "missing; download the model again"
     try:
-        with safetensors.safe_open(path, "np"):  # it compares the header's shapes with the file's size
-            return None
+        tensors = header(path)
     except (safetensors.SafetensorError, OSError) as error:
         return f"truncated or not safetensors ({path.stat().st_size} bytes: {error}); download it again"
+    for name, (kind, _) in tensors.items():
+        if name.endswith(".weight") and kind not in ("F64", "F32", "F16", "BF16"):  # transformers would convert it
+            return f"{name} is {kind}, not floating-point numbers; use the original weights"
+    return None
+
+
+def size_faults(folder: Path, shards: list[Path]) -> list[str]:
+    """Sizes in config.json far beyond those of the weights: memory would be full before the two are compared."""
+    shapes = [shape for shard in shards for _, shape in header(shard).values()]
+    largest = max((size for shape in shapes for size in shape), default=0)
+    # what is less wrong is found when weights are loaded; of a part that is left out the vocabulary may be larger
+    most = dict.fromkeys(LAYERS, len(shapes)) | {"size": 100 * largest, "image_size": largest}
+    text = f"the weights are {len(shapes)} tensors with at most {largest} rows or columns; download it again"
+    numbers = re.findall(r'"(\w+)": (\d+)', json.dumps(read_json(folder / "config.json")))  # of its parts, too
+    faults = [name for name, n in numbers if int(n) > most.get(name, most.get(name.rpartition("_")[2], int(n)))]
+    return [f"{folder / 'config.json'}: {name} cannot be as it stands there: {text}" for name in faults]
 
 
 def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
-    """Whether two folders hold the same model: of each file its size and both ends (1 MB), which is all of a small one.
+    """Whether two folders can hold the same model: of each file its size and both ends, which is all of a small one.
 
-    With `files` only these count: of an encoder, its configuration and weights.
+    It takes no time; the rest of large files is in `weights`. With `files` only these count: of an encoder, its
+    configuration and weights.
     """
     digest = hashlib.sha256()
     model = [p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")]
@@ -109,10 +146,39 @@ def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
         if path.name == "generation_config.json":  # answers are greedy, and end at the tokenizer's EOS
             continue
         with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(ENDS))
+            file.seek(max(0, path.stat().st_size - ENDS))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def weights(folders: dict[str, Path], known: dict) -> dict[str, dict]:
+    """{"--model model.safetensors": {"sha256": …, "file": its path, size, times, inode}} of {flag: folder}.
+
+    `known` is what this has returned before: a file that is the same by path, size, times and inode is not read again.
+    """
+    found = {}
+    for flag, folder in folders.items():
+        for path in filter(Path.is_file, weight_files(folder)):  # of a model that is drawn some may be missing
+            name, stat = f"{flag} {path.name}", path.stat()
+            file = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            before = known.get(name)
+            found[name] = before if before and before["file"] == file else {"sha256": sha256(path), "file": file}
+    return found
+
+
+def in_background(function) -> Future:
+    """function() in a thread, which the program's end does not wait for; result() does, and raises what it raised."""
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # result() raises it
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 @contextmanager
@@ -123,6 +189,33 @@ def readable(what: str):
     except (ValueError, OSError, safetensors.SafetensorError, StrictDataclassError) as error:  # the last: config.json
         own = "it needs Python code of its own, which never runs here; use a model that transformers reads without"
         raise SystemExit(f"{what}: {own if 'custom code' in str(error) else error}") from None
+
+
+def endless(write, inputs: list) -> bool:
+    """Whether write(input) takes more than it may, which is found out in a process of its own, and ended there.
+
+    A chat template is a program: loops within loops need not end, and {{ 'a' * 10 ** 10 }} fills the memory.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    code = 0
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(WAITED)  # where it computes nothing, but waits for what a thread held that is not here
+        with suppress(OSError, ValueError):  # other systems than Linux have no /proc; `ulimit` may allow less
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+        for value in inputs:
+            try:
+                code |= len(write(value)) > LONGEST
+            except MemoryError:
+                code = 1
+            except Exception:  # a template raises what it likes; it is said where it is written for good
+                pass
+    finally:
+        os._exit(code)
 
 
 def read_json(path: Path):

@@ -13,13 +13,15 @@ from torch import nn
 from transformers import AutoConfig
 
 import common
-from runtime import adapters, checkpoints, folders, show
-from runtime.files import replacing, write_json, writing
+from runtime import adapters, card, checkpoints, folders, show
+from runtime.files import replacing, write_json
 from runtime.folders import read_json, readable
-from runtime.ranks import on_first_rank, rank
+from runtime.ranks import on_first_rank
 
 # a part of a model may name Python code too; transformers would ask on the terminal whether to run it
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+SET_ASIDE = "script_config.json"  # the configuration of a model with parts that a script alone reads
 
 # ---- folders ----
 
@@ -59,21 +61,26 @@ def part_fingerprint(folder: Path) -> str:
     return folders.fingerprint(folder, [*small, *folders.weight_files(folder)])[:12]
 
 
-def config(folder: Path, kinds: str | tuple[str, ...] = (), remedy: str = "", flag: str = "--model"):
-    """The configuration, whose model_type must be `kinds`, or one of them; without, any that transformers has."""
+def config(folder: Path, kinds: str | tuple[str, ...] = (), remedy: str = "", flag: str = "--model", grafted=False):
+    """The configuration, whose model_type must be `kinds`, or one of them; without, any that transformers has.
+
+    With `grafted` also that of a model which is the script's alone, see set_aside.
+    """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    found = read_json(folder / "config.json").get("model_type")
+    path = folder / SET_ASIDE if grafted and (folder / SET_ASIDE).is_file() else folder / "config.json"
+    found = read_json(path).get("model_type")
     if kinds and found not in kinds:
         text = f"{flag} {folder}: model_type {found!r}, not {' or '.join(map(repr, kinds))}"
         raise SystemExit(f"{text}; {remedy}" if remedy else text)
     with readable(f"{flag} {folder}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def tokenizer(folder: Path):
     """The checkpoint's tokenizer, with its chat template wherever that stands; says where it was found."""
     with readable(f"--model {folder}"):  # it reads the first and the third of these
-        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = config(folder, grafted=True)
+        found = transformers.AutoTokenizer.from_pretrained(folder, config=known, trust_remote_code=False)
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         saved = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
@@ -84,15 +91,21 @@ def tokenizer(folder: Path):
     return found
 
 
-def refuse_template(task, folder: Path, mark: str) -> None:
-    """Ends the program unless the checkpoint's chat template writes `mark` once for an image."""
-    messages = [{"role": "user", "content": [{"type": "image"}]}]
+def refuse_template(task, folder: Path, image_id: int | None) -> None:
+    """Ends the program unless the chat template writes the image's token once for an image, and asks as it answers."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    said = [{"type": "text", "text": "A polyp."}]
+    longer = [{"role": "system", "content": said}, *asked, {"role": "assistant", "content": said}, *asked]
+    if folders.endless(lambda messages: common.conversation(task.tokenizer, messages, "A polyp."), [asked, longer]):
+        text = "its chat template computes without end, or writes without end, where a line is asked for"
+        raise SystemExit(f"--model {folder}: {text}; copy the original checkpoint's chat_template.jinja")
     try:
-        rendered = task.tokenizer.apply_chat_template(messages, tokenize=False)
+        text = common.conversation(task.tokenizer, asked, "A polyp.")
     except Exception as error:  # a template raises what it likes
-        raise SystemExit(f"--model {folder}: {error}; copy the original checkpoint's tokenizer files") from None
-    if rendered.count(mark) != 1:
-        text = f"the chat template does not write {mark} for an image but {rendered!r}"
+        raise SystemExit(f"--model {folder}: {error}; copy the original checkpoint's chat_template.jinja") from None
+    if image_id is not None and task.tokenizer.encode(text).count(image_id) != 1:  # None: a fault, listed already
+        token = task.tokenizer.convert_ids_to_tokens(image_id)
+        text = f"the chat template does not write {token} (ID {image_id}) once for an image but {text!r}"
         raise SystemExit(f"--model {folder}: {text}; copy the original checkpoint's")
 
 
@@ -132,7 +145,12 @@ def open_model(
         transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
         names = {rf"^{re.escape(part)}": ""} if part else None
         settings |= {"config": config, "key_mapping": names}
-        model, found = kind.from_pretrained(folder, **settings, output_loading_info=True)
+        try:
+            model, found = kind.from_pretrained(folder, **settings, output_loading_info=True)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError("config.json gives other shapes than the weights have; download both again") from None
         transformers.logging.set_verbosity(level)
     missing = sorted(name for name in found["missing_keys"] if not (replaced and replaced in name))
     if missing:
@@ -172,15 +190,16 @@ def load_parts(folder: Path, vlm: nn.Module, prefixes: tuple[str, ...]) -> None:
         load_part(folder, (prefix,), vlm.get_submodule(prefix[:-1]))
 
 
-def refuse_short_window(vlm: nn.Module, args) -> None:
-    """Ends the program where the model's attention would not reach over a packed sequence."""
+def prepare_training(choose_trained, vlm: nn.Module, folder: Path, args) -> None:
+    """choose_trained(vlm, args), which says what is trained, and --grad-checkpoint.
+
+    Ends the program where the script's patterns, or --pack-tokens, do not fit the model.
+    """
     window = getattr(vlm.config.get_text_config(), "sliding_window", None)
     if window is not None and window < args.pack_tokens:
         raise SystemExit(f"--pack-tokens {args.pack_tokens} is longer than the model's sliding window {window}")
-
-
-def checkpoint_gradients(vlm: nn.Module, args) -> None:
-    """--grad-checkpoint: activations are computed again for the backward pass."""
+    with readable(f"--model {folder}"):  # its layers may have other names than LORA_PATTERN's
+        choose_trained(vlm, args)
     if args.grad_checkpoint:  # not reentrant: the inputs of a frozen base need no gradient
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -196,14 +215,14 @@ def decay_matrices(trained: dict[str, nn.Parameter], weight_decay: float) -> lis
 
 def print_trained(vlm: nn.Module) -> None:
     """How many parameters are trained, of how many, by component: at most a few lines."""
-    counts, layers = Counter(), set()
+    counts = Counter()
     for name, parameter in vlm.named_parameters():
         if parameter.requires_grad:
             counts[show.component(name)] += parameter.numel()
-            layers |= {name.split(".")[-2]} if show.component(name) == "LoRA" else set()
     total = sum(parameter.numel() for parameter in vlm.parameters())
-    parts = [f"{part} {n:,}" + (f" ({', '.join(sorted(layers))})" * (part == "LoRA")) for part, n in counts.items()]
+    parts = [f"{part} {n:,}" for part, n in counts.items()]
     print(f"trained: {counts.total():,} of {total:,} parameters ({counts.total() / total:.2%}): {'; '.join(parts)}")
+    show.print_adapted(vlm)
 
 
 def refuse_faults(task) -> None:
@@ -220,51 +239,61 @@ def count(load_model, folder: Path, task, run) -> None:
     show.print_parameters(vlm)
 
 
-def merge(load_model, folder: Path, task, run, dtype: torch.dtype | None = None) -> None:
-    """--merge DIR: the model with what run.checkpoint has trained, as one folder that transformers opens."""
+def merge(load_model, folder: Path, task, run) -> None:
+    """--merge DIR: the model with what run.checkpoint has trained, as one folder."""
     refuse_faults(task)
     checkpoints.refuse_other_model(run, folder)
-    if rank() == 0:
-        with writing(Path(run.args.merge)):
-            write_model(load_model, folder, task, run.checkpoint, Path(run.args.merge), dtype or run.dtype)
+    write(load_model, folder, task, run, Path(run.args.merge))
     print(f"wrote {run.args.merge}")
 
 
 def write_final(load_model, folder: Path, task, run) -> None:
     """RUN/adapter, or RUN/model where every parameter is trained: what run.checkpoint holds."""
+    adapter = [path.name for path in run.checkpoint.glob("adapter_*")]
+    write(load_model, folder, task, run, run.folder / ("adapter" if adapter else "model"), adapter)
 
-    def write() -> None:
-        adapter = list(run.checkpoint.glob("adapter_*"))
-        with replacing(run.folder / ("adapter" if adapter else "model")) as target:
+
+def write(load_model, folder: Path, task, run, path: Path, adapter: list[str] = ()) -> None:
+    """The folder `path` with the files `adapter` of run.checkpoint, or without them the merged model."""
+
+    def fill() -> None:
+        with replacing(path) as target:
             if not adapter:
-                write_model(load_model, folder, task, run.checkpoint, target, run.dtype)
-            for path in adapter:
-                shutil.copy(path, target)
-            if adapter and task.processor is not None:  # what it was trained to see, which the base's own need not be
-                task.processor.save_pretrained(target)
+                write_model(load_model, folder, task, run, target)
+            for name in adapter:
+                shutil.copyfile(run.checkpoint / name, target / name)
+            card.complete(target, folder, task, run)
 
-    on_first_rank(write)
+    on_first_rank(fill)
 
 
-def write_model(load_model, folder: Path, task, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
-    """The merged model in `dtype`, with tokenizer, image processor and the small files of the folder it came from."""
+def write_model(load_model, folder: Path, task, run, target: Path) -> None:
+    """The merged model, with the small files of the folder it came from; card.complete replaces some.
+
+    What was trained in float32 is rounded once, to --dtype where it is given and else to the base's own format.
+    """
+    dtype = own_format(folder) if run.args.dtype == "auto" else run.dtype
     vlm = load_model(folder, task, dtype).vlm
-    with readable(f"{checkpoint} cannot be used"):
-        adapters.load_trained(vlm, checkpoint)
-    target.mkdir(parents=True, exist_ok=True)
+    with readable(f"{run.checkpoint} cannot be used"):
+        adapters.load_trained(vlm, run.checkpoint)
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in path.name:
-            shutil.copy(path, target)
+            shutil.copyfile(path, target / path.name)  # without its permissions: the base may be read-only
     common.merge_lora(vlm).to(dtype).save_pretrained(target)
-    task.tokenizer.save_pretrained(target)
-    if task.processor is not None:  # volumes have none
-        save_image_processor(task.processor, target)
+    words = adapters.with_grafts(vlm.config.model_type, vlm)
+    if words != vlm.config.model_type:
+        set_aside(target, words)
 
 
-def save_image_processor(processor, folder: Path) -> None:
-    """Write it as the model was trained with it, also into the other file that may hold one."""
-    processor.save_pretrained(folder)
-    path = folder / "processor_config.json"
-    saved = read_json(path) if path.is_file() else {}
-    if "image_processor" in saved:
-        write_json(path, saved | {"image_processor": read_json(folder / "preprocessor_config.json")})
+def own_format(folder: Path) -> torch.dtype:
+    """The number format of most weights in a folder; float32 where there are none."""
+    found = Counter(F32=0)
+    for path in filter(Path.is_file, folders.weight_files(folder)):  # drawn from scratch it needs none
+        found.update(kind for kind, _ in folders.header(path).values())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.most_common(1)[0][0], torch.float32)
+
+
+def set_aside(folder: Path, words: str) -> None:
+    """Leave a configuration that all of transformers refuses in these words: it would drop, or draw, what it lacks."""
+    (folder / "config.json").rename(folder / SET_ASIDE)
+    write_json(folder / "config.json", {"model_type": words, "dtype": words})

@@ -16,17 +16,22 @@ from runtime.files import sha256
 
 def describe(args: argparse.Namespace) -> dict:
     """JSON-like; `args.command` is the command line as it was parsed."""
-    script = Path(sys.argv[0])
     modules = (torch, transformers, safetensors, numpy)
+    examples = (path for path in sorted(Path(args.data).iterdir()) if path.suffix in (".json", ".jsonl", ".csv"))
     return {
-        "script": script.name,
-        "script_sha256": sha256(script) if script.is_file() else None,
+        **code(),
         "argv": args.command,
         "settings": {name: value for name, value in vars(args).items() if name != "command"},
         "versions": {"python": platform.python_version(), **{m.__name__: str(m.__version__) for m in modules}},
-        **commit(Path(__file__).resolve().parent),
-        "data_sha256": {path.name: sha256(path) for path in data_files(Path(args.data))},
+        "data_sha256": {path.name: sha256(path) for path in examples if path.is_file()},
     }
+
+
+def code() -> dict:
+    """The script that runs, its digest, and the commit; of whoever answers results.json has it, too."""
+    script = Path(sys.argv[0])
+    found = {"script": script.name, "script_sha256": sha256(script) if script.is_file() else None}
+    return found | commit(Path(__file__).resolve().parent)
 
 
 def commit(folder: Path) -> dict:
@@ -41,8 +46,3 @@ def commit(folder: Path) -> dict:
 
     head, differing = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"git_commit": head, "git_differs": None if head is None else bool(differing)}
-
-
-def data_files(data: Path) -> list[Path]:
-    """The files of the data folder that hold examples, as far as they lie directly in it."""
-    return sorted(path for path in data.iterdir() if path.suffix in (".json", ".jsonl", ".csv") and path.is_file())

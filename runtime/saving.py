@@ -7,7 +7,7 @@ with every file's sha256.
 import shutil
 from pathlib import Path
 
-from runtime.files import sha256, sync, write_json, writing
+from runtime.files import settle, sha256, sync, write_json, writing
 from runtime.folders import read_json
 from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
@@ -55,8 +55,7 @@ def fill(folder: Path, write, state: dict) -> None:
     write(folder)
     write_json(folder / "state.json", state)
     write_json(folder / "manifest.json", {path.name: sha256(path) for path in sorted(folder.iterdir())})
-    for path in (*folder.iterdir(), folder):
-        sync(path)
+    settle(folder)
 
 
 def fault(folder: Path) -> str | None:
@@ -67,11 +66,14 @@ def fault(folder: Path) -> str | None:
         return f"no readable manifest ({error})"
     if not isinstance(manifest, dict) or not {"state.json", "optimizer.safetensors"} <= manifest.keys():
         return "its manifest.json does not name state.json and optimizer.safetensors"
-    for name, digest in manifest.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{name} does not match its sha256"
+    try:
+        for name, digest in manifest.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != digest:
+                return f"{name} does not match its sha256"
+    except OSError as error:
+        return f"it cannot be read ({error})"
     return None
 
 

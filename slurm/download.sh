@@ -8,9 +8,7 @@
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: bash slurm/download.sh MODEL …" >&2; exit 2; }
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$repo/.venv/bin/python}
-export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 PYTHONPATH=$repo exec "$PYTHON" -c '
 import sys
 from runtime import folders

@@ -1,24 +1,34 @@
+# shellcheck shell=bash disable=SC2154
 # What every job script of this folder does once it has said what it is; read by them, not started.
 # They set here (this folder), trainer, and the defaults of MODEL, DATA and OUT; $@ goes to the trainer.
 #
 # Three minutes before the time limit Slurm signals the trainer, which saves and leaves with code 85; the job then
-# goes back into the queue, and resumes from there. Two lines to adapt to a cluster, besides [1] in each script: [2], [3].
+# goes back into the queue, and resumes from there. --dry-run: what would stop the job at its start is found in seconds.
 
 job= # the name of the Slurm job; empty without Slurm, and inside a step such as the shell of srun --pty
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
     # in an array one of the tasks has the SLURM_JOB_ID of them all
     job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
-    mkdir -p logs
-    exec >>"logs/${SLURM_JOB_NAME}_$job.out" 2>&1
+    faults=
+    for folder in logs "$OUT" ~; do # where logs/ cannot be written, the log is in the run folder, or at home
+        log=$folder/${SLURM_JOB_NAME}_$job.out
+        fault=$( (mkdir -p "$folder" && date '+%F %T' >>"$log") 2>&1) && break
+        faults+="no log in $folder: $fault"$'\n'
+    done
+    exec >>"$log" 2>&1
+    printf %s "$faults"
 fi
 
-repo=$(cd "$here/.." && pwd)
-PYTHON=${PYTHON:-$repo/.venv/bin/python}            # [2] which Python
-export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface} # [3] the shared cache that slurm/download.sh has filled
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}          # compute nodes have no network
-export PYTHONUNBUFFERED=1                           # or the log lags behind
+. "$here/environment.sh"
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes have no network
+export PYTHONUNBUFFERED=1                  # or the log lags behind
 
+dry_run=""
+for word in "$@"; do # all others go to the trainer
+    shift
+    if [ "$word" = --dry-run ]; then dry_run=1; else set -- "$@" "$word"; fi
+done
 out=$OUT
 flags=(--model "$MODEL" --data "$DATA")
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -33,11 +43,29 @@ command=("$PYTHON" "$repo/$trainer" "${flags[@]}" --out "$out" "$@") # of a flag
 # a job that is started again resumes from its own newest checkpoint, whatever --resume named at first
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [[ " $* " = *" --eval-only "* ]] || command+=(--resume auto)
 
+if [ -n "$dry_run" ]; then
+    if ! fault=$("$PYTHON" -c 'import sys; assert sys.version_info >= (3, 11), sys.version.split()[0]
+import importlib.metadata; [importlib.metadata.version(name) for name in ("torch", "transformers")]' 2>&1); then
+        echo "$PYTHON cannot train (${fault##*$'\n'}): set PYTHON to one of 3.11 or newer with requirements.txt" >&2
+        exit 1
+    fi
+    mkdir -p "$out"
+    scratch=$(mktemp -d "$out/dry_run.XXXXXX")
+    trap 'rm -r "$scratch"' EXIT
+    # the weights' headers; of a model trained --from-scratch only the configuration is read
+    [[ " $* " = *" --from-scratch "* ]] ||
+        bash "$here/download.sh" "$MODEL" ${AUDIO_MODEL:+"$AUDIO_MODEL"} ${VISION_MODEL:+"$VISION_MODEL"}
+    few=(--check --limit 8 --device cpu --out "$scratch")
+    [[ " $* " != *" --skip-bad"* ]] || few+=(--skip-bad 100%) # how many it leaves out, the complete data check says
+    "${command[@]}" "${few[@]}"
+    echo "dry run: no fault in the first examples of each split; the job would run ${command[*]}"
+    exit
+fi
 [ -n "$job" ] || exec "${command[@]}"
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below those that Linux gives away
-echo "$(date '+%F %T') job $job, restart ${SLURM_RESTART_COUNT:-0}, on ${hosts//$'\n'/ }"
+echo "job $job, restart ${SLURM_RESTART_COUNT:-0}, on ${hosts//$'\n'/ }"
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
 echo "commit $(git -C "$repo" rev-parse HEAD 2>/dev/null || echo unknown): ${command[*]}"
 

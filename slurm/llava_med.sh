@@ -7,10 +7,11 @@
 #   sbatch --ntasks-per-node=4 --gpus-per-node=4 --mem=256G slurm/llava_med.sh              # four GPUs of a node
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --mem=256G slurm/llava_med.sh    # two such nodes
 #   sbatch --array=0-4 slurm/llava_med.sh                                                   # five seeds, OUT/seed_0 …
-#   sbatch --dependency=afterok:JOB slurm/llava_med.sh --eval-only --decode constrained  # once JOB has succeeded
+#   sbatch --dependency=afterok:JOB slurm/llava_med.sh --eval-only --eval-split test     # once JOB has succeeded
 #   bash slurm/llava_med.sh --epochs 3                                                      # without Slurm
+#   bash slurm/llava_med.sh --dry-run --epochs 3         # what would stop the job at its start, in seconds and unqueued
 #
-# job.sh is the rest, with two more lines to adapt to a cluster.
+# job.sh is the rest; environment.sh has two more lines to adapt to a cluster.
 
 # [1] what to ask for:
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=24:00:00

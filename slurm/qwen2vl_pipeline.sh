@@ -4,15 +4,17 @@
 #
 #   export MODEL=models/qwen2-vl DATA=data/kvasir_vqa OUT=runs/kvasir
 #   bash slurm/qwen2vl_pipeline.sh --skip-bad --epochs 3
+#   bash slurm/qwen2vl_pipeline.sh --dry-run --skip-bad --epochs 3  # refuses in seconds what would end the first job
 #   SBATCH="--ntasks-per-node=4 --gpus-per-node=4 --mem=256G" bash slurm/qwen2vl_pipeline.sh --skip-bad
 #
 #   check      every example is built and decoded again; no weights are read
-#   overfit    OVERFIT examples (64) are overfit in 200 steps, or nothing else is started
+#   overfit    OVERFIT examples (64) are overfit in at most 200 steps, or nothing else is started
 #   train      the run itself; it ends with answers to the validation split, whose table stays in its log
 #   evaluate   answers to the test split; their table: logs/qwen2vl_evaluate_JOB.out, and OUT/results.json
 set -euo pipefail
 script=$(dirname "${BASH_SOURCE[0]}")/qwen2vl_sentinel.sh
 flags=("$@")
+[[ " $* " != *" --dry-run "* ]] || exec bash "$script" "$@" # all four begin alike
 
 submit() { # submit NAME JOB_BEFORE FLAG…
     # shellcheck disable=SC2086 # SBATCH is several words

@@ -6,7 +6,7 @@
 #   sbatch slurm/qwen2vl_sentinel.sh --skip-bad --epochs 3              # one GPU; more, and seeds, as in llava_med.sh
 #   bash slurm/qwen2vl_pipeline.sh --skip-bad --epochs 3                # check, overfit, train and evaluate, in a chain
 #
-# job.sh is the rest, with two more lines to adapt to a cluster.
+# job.sh is the rest; environment.sh has two more lines to adapt to a cluster.
 
 # [1] what to ask for:
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=24:00:00

@@ -6,9 +6,9 @@
 #
 #   export MODEL=models/qwen2-vl AUDIO_MODEL=models/whisper DATA=data/surgvivqa OUT=runs/surgvivqa
 #   sbatch slurm/surg_video_vqa.sh --skip-bad --epochs 3 --grad-checkpoint   # one GPU; more, and seeds, as in llava_med.sh
-#   sbatch --dependency=afterok:JOB slurm/surg_video_vqa.sh --skip-bad --eval-only --eval-frames 8   # once it has ended
+#   sbatch --dependency=afterok:JOB slurm/surg_video_vqa.sh --skip-bad --eval-only --eval-split test # once it has ended
 #
-# job.sh is the rest, with two more lines to adapt to a cluster.
+# job.sh is the rest; environment.sh has two more lines to adapt to a cluster.
 
 # [1] what to ask for:
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=24:00:00

@@ -4,9 +4,9 @@
 #
 #   export MODEL=models/llava-interleave-qwen DATA=data/umbrella OUT=runs/umbrella
 #   sbatch slurm/umbrella_mri.sh --lr 1e-3 --epochs 10 --workers 8   # one GPU; more, and seeds, as in llava_med.sh
-#   sbatch --dependency=afterok:JOB slurm/umbrella_mri.sh --eval-only --decode both     # once it has ended
+#   sbatch --dependency=afterok:JOB slurm/umbrella_mri.sh --eval-only --eval-split test # once it has ended
 #
-# job.sh is the rest, with two more lines to adapt to a cluster.
+# job.sh is the rest; environment.sh has two more lines to adapt to a cluster.
 
 # [1] what to ask for:
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=24:00:00

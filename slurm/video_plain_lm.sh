@@ -6,9 +6,9 @@
 #   bash slurm/download.sh openai-community/gpt2 facebook/dinov2-large       # on the login node, once
 #   export DATA=data/videos OUT=runs/videos CACHE=cache/dinov2               # CACHE: where the tower's features are kept
 #   sbatch slurm/video_plain_lm.sh --epochs 3                                # one GPU; more, and seeds, as in llava_med.sh
-#   sbatch --dependency=afterok:JOB slurm/video_plain_lm.sh --eval-only      # once it has ended
+#   sbatch --dependency=afterok:JOB slurm/video_plain_lm.sh --eval-only --eval-split test # once it has ended
 #
-# job.sh is the rest, with two more lines to adapt to a cluster.
+# job.sh is the rest; environment.sh has two more lines to adapt to a cluster.
 
 # [1] what to ask for:
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=24:00:00

@@ -1,6 +1,7 @@
 """What several test files use: the script as a user runs it, in this process, and what it left behind."""
 
 import json
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import common
 import train_llava_med
@@ -16,9 +19,10 @@ from inputs.task import Task
 
 
 def run(folder: Path, out: Path, *flags, script=train_llava_med) -> None:
-    """The script on folder/model and folder/data; the signal handlers of this process are put back."""
+    """The script on folder/model and folder/data, test answered; the signal handlers of this process are put back."""
     shown = [] if "--report" in flags else ["--no-report"]  # most tests need no page
-    argv = ["--model", folder / "model", "--data", folder / "data", "--out", out, *shown, *flags]
+    argv = ["--model", folder / "model", "--data", folder / "data", "--out", out, "--eval-split", "test"]
+    argv += [*shown, *flags]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         script.main([str(a) for a in argv])
@@ -53,6 +57,19 @@ def load_demo(folder: Path, script=train_llava_med, *flags) -> SimpleNamespace:
     assert task.faults + problems == [] and found == {}
     read_media = partial(task.read_media, media)
     return SimpleNamespace(args=args, folder=folder, task=task, examples=examples, trees=trees, read_media=read_media)
+
+
+def refuses_elsewhere(folder: Path, kind, words: str) -> None:
+    """All of transformers and peft refuse a folder in these words, also the class that would drop what it lacks."""
+    openers = [AutoConfig.from_pretrained, AutoModel.from_pretrained, kind.from_pretrained]
+    openers += [partial(kind.from_pretrained, dtype=torch.bfloat16), AutoModelForImageTextToText.from_pretrained]
+    if (folder / "adapter_config.json").is_file():
+        base = kind.from_pretrained(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        openers = [PeftConfig.from_pretrained, partial(PeftModel.from_pretrained, base), kind.from_pretrained]
+        openers += [base.load_adapter]
+    for opener in openers:
+        with pytest.raises((ValueError, AttributeError, KeyError), match=re.escape(words)):
+            opener(str(folder))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -8,10 +8,18 @@ import torch
 from helpers import far_from_start, llava_logits, same
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+)
 
 import train_llava_med as script
-from common import LoRALinear, add_lora, lora_layers, merge_lora, train_in_float32, train_only
+import train_qwen2vl_sentinel
+import train_video_plain_lm
+from common import LoRALinear, add_lora, lora_layers, merge_lora, train_only
+from runtime.show import print_adapted
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,10 @@ def test_merge_adds_scaling_b_a_once():
     expected = weight + 1.5 * layer.lora_B @ layer.lora_A
     unmerged = layer(x)
     torch.testing.assert_close(unmerged, x @ expected.T + bias)
-    for _ in range(2):
-        plain = layer.merge()
+    model = nn.Sequential(layer)
+    for _ in range(2):  # not added a second time
+        plain = merge_lora(model)[0]
         torch.testing.assert_close(plain.weight, expected)
-        torch.testing.assert_close(layer(x), unmerged)  # not added a second time
         torch.testing.assert_close(plain(x), unmerged)
 
 
@@ -112,7 +120,6 @@ def test_float32_adapters_keep_an_update_that_bfloat16_loses():
 def test_what_is_trained_becomes_float32_and_nothing_else():
     model = nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2, dtype=torch.bfloat16))
     train_only(model, r"1\..*")
-    train_in_float32(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert dtypes == {f"{i}.{part}": (torch.bfloat16, torch.float32)[i] for i in (0, 1) for part in ("weight", "bias")}
 
@@ -122,7 +129,7 @@ def test_merging_into_bfloat16_rounds_once():
     layer = LoRALinear(nn.Linear(8, 8, dtype=torch.bfloat16), r=2, alpha=2)
     nn.init.normal_(layer.lora_B)
     expected = (layer.base_layer.weight.float() + layer.lora_B @ layer.lora_A).bfloat16()
-    assert torch.equal(layer.merge().weight, expected)
+    assert torch.equal(merge_lora(nn.Sequential(layer))[0].weight, expected)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -157,6 +164,97 @@ def test_a_pattern_that_matches_nothing_is_an_error(fresh, stale):
     with pytest.raises(ValueError, match="no parameter matches"):
         train_only(llava, script.PROJECTOR_PATTERN, stale)
     assert [p.requires_grad for p in llava.parameters()] == frozen
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+VISION = {
+    "depth": 2,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 40,
+}
+QWEN = {"text_config": TINY | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}}
+QWEN |= {"vision_config": VISION | {"mlp_ratio": 2, "fullatt_block_indexes": [1]}}
+
+
+def tiny(kind: str, **more):
+    """A model of transformers with two layers, without its weights."""
+    config = AutoConfig.for_model(kind, **(QWEN if "vl" in kind else TINY), **more)
+    with torch.device("meta"):
+        return (AutoModelForImageTextToText if "vl" in kind else AutoModelForCausalLM).from_config(config)
+
+
+PLAIN, QWENS = [train_video_plain_lm.LORA_PATTERN], [train_qwen2vl_sentinel.LORA_PATTERN]
+TOWER = [*QWENS, train_qwen2vl_sentinel.VISION_PATTERN]
+LLAMA = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj; without: none"
+
+
+@pytest.mark.parametrize(
+    ("kind", "patterns", "lines"),
+    [
+        ("llama", PLAIN, [f"model.layers): {LLAMA}"]),
+        ("mistral", PLAIN, [f"model.layers): {LLAMA}"]),
+        ("mixtral", PLAIN, ["model.layers): q_proj k_proj v_proj o_proj; without: gate gate_up_proj down_proj"]),
+        ("qwen2_vl", QWENS, [f"model.language_model.layers): {LLAMA}"]),
+        ("qwen2_5_vl", QWENS, [f"model.language_model.layers): {LLAMA}"]),
+        (
+            "qwen2_vl",
+            TOWER,
+            ["model.visual.blocks): qkv proj fc1 fc2; without: none", f"model.language_model.layers): {LLAMA}"],
+        ),
+        (
+            "qwen2_5_vl",
+            TOWER,
+            [
+                "model.visual.blocks): qkv proj gate_proj up_proj down_proj; without: none",
+                f"model.language_model.layers): {LLAMA}",
+            ],
+        ),
+    ],
+)
+def test_the_layers_adapted_are_those_that_peft_adapts_and_are_printed(kind, patterns, lines, capsys):
+    model = tiny(kind)
+    model.requires_grad_(False)
+    names = [name for pattern in patterns for name in add_lora(model, pattern, 4, 8)]
+    print_adapted(model)
+    assert capsys.readouterr().out.splitlines() == [f"LoRA: 2 layers ({line}" for line in lines]
+    target = "|".join(patterns).replace(r"\w+", r"(fc\d|\w+_proj)")  # peft refuses the activation
+    config = LoraConfig(r=4, target_modules=target)
+    theirs = get_peft_model(tiny(kind), config).targeted_module_names
+    assert sorted(names) == sorted(theirs)
+
+
+FUSED = "model.layers.0.mlp.gate_up_proj, model.layers.0.self_attn.qkv_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("phi3", FUSED),
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate"),
+        ("phi", "fc0, model.layers.0.self_attn."),
+    ],
+)
+def test_a_decoder_layer_that_the_pattern_knows_in_part_is_refused_by_name(kind, left):
+    """Of Phi-3's layers o_proj and down_proj alone have the usual names, and were trained without a word."""
+    model, pattern = tiny(kind), PLAIN[0]
+    with pytest.raises(ValueError, match=f"leaves out .*{left}.*; edit the script's LORA_PATTERN, or give `without`"):
+        add_lora(model, pattern, 4, 8)
+    assert lora_layers(model) == {}
+    add_lora(model, pattern, 4, 8, without=r".*")  # it is meant
+    assert lora_layers(model)
+
+
+def test_layers_without_an_adapter_beside_others_are_printed(capsys):
+    model = tiny("llama")
+    add_lora(model, r"model\.layers\.1\..*", 4, 8)
+    print_adapted(model)
+    bare, adapted = (LLAMA.split(";")[0], "none")[::-1], (LLAMA.split(";")[0], "none")
+    lines = [f"LoRA: 1 layers (model.layers): {found}; without: {left}" for found, left in (bare, adapted)]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_train_only_freezes_all_else(base):

@@ -229,10 +229,11 @@ def test_ids_equal_those_of_transformers_processor(demo):
     assert len(answers) > 5
 
 
-def test_no_bos_is_added_where_the_text_has_none(demo):
+def test_what_the_tokenizer_itself_puts_first_stands_there_once(demo):
     tokenizer = demo.task.tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("yes").input_ids) == ["<s>", "▁yes"]
-    assert encoded(tokenizer, "yes<ANS> no</ANS></s>")[0] == "▁yes"
+    for begun in ("", "<s>"):
+        assert encoded(tokenizer, begun + "yes<ANS> no</ANS></s>")[:2] in (["<s>", "▁yes"], ["<s>", "y"])
 
 
 def test_the_checkpoint_s_own_examples_supervise_answer_and_eos(demo):

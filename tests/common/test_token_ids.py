@@ -18,7 +18,6 @@ from common import (
     IGNORE,
     grow_embeddings,
     image_token_id,
-    image_token_in_template,
     register_placeholder,
     reserve_placeholder,
     separate_pad_from_eos,
@@ -129,32 +128,6 @@ def test_single_token_id_names_the_pieces_of_what_is_not_one(tokenizer):
         single_token_id(tokenizer, "<image>")
     pieces = ["▁<", "i", "ma", "ge", ">"]
     assert str(raised.value) == f"'<image>' is not one token of this tokenizer but 5: {pieces}"
-
-
-WRITES = "{% for m in messages %}[INST] {% for part in m.content %}<image>{% endfor %} [/INST]{% endfor %}"
-
-
-def test_the_template_must_write_the_image_token_once(tokenizer):
-    config = LlavaConfig(image_token_index=600, text_config={"vocab_size": 640})
-    register_placeholder(tokenizer, "<image>", 600)
-    tokenizer.chat_template = WRITES
-    assert image_token_in_template(tokenizer, config) == 600
-    for written in ("", "<image><image>", "<picture>"):
-        tokenizer.chat_template = WRITES.replace("<image>", written)
-        with pytest.raises(ValueError, match=r"the chat template does not write token 600 .* for an image but"):
-            image_token_in_template(tokenizer, config)
-    tokenizer.chat_template = WRITES
-    config.image_token_index = 300  # an ordinary word piece
-    with pytest.raises(ValueError, match="does not write token 300"):
-        image_token_in_template(tokenizer, config)
-
-
-@pytest.mark.parametrize("template", [None, "{{ messages[0].content.strip() }}"])
-def test_without_a_template_that_writes_images_a_run_ends(tokenizer, template):
-    register_placeholder(tokenizer, "<image>", 600)
-    tokenizer.chat_template = template
-    with pytest.raises(SystemExit, match=r"no chat template that writes images .*; copy chat_template.jinja"):
-        image_token_in_template(tokenizer, LlavaConfig(image_token_index=600, text_config={"vocab_size": 640}))
 
 
 AUDIO = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]

@@ -6,6 +6,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import read_lines, refused, run
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import train_llava_med
-from inputs import images, show, texts
+from inputs import data_check, images, show, texts
 from inputs.task import Problem
 
 IMAGES = {"train": 3, "val": 2, "test": 2}
@@ -497,6 +498,14 @@ def test_a_byte_order_mark_costs_no_row(tmp_path):
     assert [row["id"] for _, row in rows] == ["a", "b"] and problems == []
 
 
+def test_whoever_answers_test_is_not_told_how_to(capsys):
+    for split, said in (("val", "val will be answered; test only with"), ("test", "")):
+        args = SimpleNamespace(eval_only=True, check=False, overfit=None, eval_split=split)
+        data_check.refuse_empty({"val", "test"}, {"train": [], "val": [1], "test": [1]}, args)
+        printed = capsys.readouterr().out
+        assert printed.startswith(said) and bool(printed) == bool(said)
+
+
 def test_no_example_at_all_and_none_to_answer_are_said(demo_folder, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "model").symlink_to(demo_folder / "model")
@@ -507,4 +516,5 @@ def test_no_example_at_all_and_none_to_answer_are_said(demo_folder, tmp_path, ca
         "no examples are left"
     )
     run(tmp_path, tmp_path / "b", "--limit", 8, "--max-steps", 1)
-    assert "--eval-split test: no examples, so nothing will be answered" in capsys.readouterr().out
+    said = "--eval-split test: the data has no such examples, only of train: nothing will be answered"
+    assert said in capsys.readouterr().out

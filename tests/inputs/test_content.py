@@ -94,6 +94,8 @@ def test_a_recording_asks_one_question_under_whatever_name(tmp_path):
     def measure(data, name):
         return (1, name) if name.endswith("jpg") else sound.measure(data, name)
 
+    for i in (0, 1, 2, 3, 9):
+        (tmp_path / f"{i}.jpg").touch()
     assert checked(tmp_path, measure, examples) == []
     found = checked(tmp_path, measure, [*examples, shows("test", "9.jpg", "Where?", "stereo.wav")])
     assert [fault.partition(" ")[0] for fault in found] == ["train.jsonl:1", "train.jsonl:2", "test.jsonl:5"]

@@ -61,11 +61,11 @@ def commands() -> list[str]:
     return [line for block in BLOCKS[1:] for line in block.strip().split("\n")]
 
 
-def test_fewer_than_one_line_in_ten_is_another(copy):
+def test_fewer_than_one_line_in_nine_is_another(copy):
     old, new = ((copy / name).read_text().split("\n") for name in ("train_llava_med.py", "train_smolvlm.py"))
     changes = list(difflib.unified_diff(old, new, n=0))[2:]
     added, removed = (sum(line.startswith(sign) for line in changes) for sign in "+-")
-    assert 0 < max(added, removed) <= len(old) / 10
+    assert 0 < max(added, removed) <= len(old) / 9
     assert max(map(len, new)) <= 120
 
 
@@ -83,7 +83,7 @@ def test_the_copy_trains_answers_and_merges(follow, copy):
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0]
     answered = [json.loads(line) for line in Path("RUN/predictions.jsonl").read_text().split("\n") if line]
-    asked = [line for line in Path("DATA/test.jsonl").read_text().split("\n") if line]
+    asked = [line for line in Path("DATA/val.jsonl").read_text().split("\n") if line]
     assert len(answered) == len(asked) > 0
     follow(merge)
     _, found = SmolVLMForConditionalGeneration.from_pretrained(copy / "MERGED", output_loading_info=True)

@@ -27,7 +27,8 @@ def texts_of(entry: dict) -> str:
         images = "<image>" * sum(part["type"] == "image" for part in turn["content"])
         said = "".join("\n" + part["text"] for part in turn["content"] if part["type"] == "text")
         rendered += f"<|im_start|>{turn['role']} {images}{said}<|im_end|>"
-    return rendered
+    before, _, answer = rendered.rpartition("assistant \n")
+    return f"{before}assistant\n{answer}"  # it is asked so (add_generation_prompt), and writes a space into answers
 
 
 def test_each_image_expands_to_its_own_volume_s_patches_and_only_the_answer_is_supervised(mri_folder, data):
@@ -43,7 +44,7 @@ def test_each_image_expands_to_its_own_volume_s_patches_and_only_the_answer_is_s
             assert tree.prefix + input_ids == tokenizer.encode(text.replace("\0", "<image>"))
             answer = entry["conversations"][-1]["content"][0]["text"]
             assert tokenizer.decode([label for label in labels if label != IGNORE]) == answer + "<|im_end|>"
-            assert tokenizer.decode(tree.prefix + input_ids).endswith(f"<|im_start|>assistant \n{answer}<|im_end|>")
+            assert tokenizer.decode(tree.prefix + input_ids).endswith(f"<|im_start|>assistant\n{answer}<|im_end|>")
             seen.add((entry["task_type"], len(entry["images"]), len(entry["conversations"])))
     assert {("comparison", 2, 4), ("active_hemisphere", 1, 2)} < seen
 

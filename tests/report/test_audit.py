@@ -13,6 +13,7 @@ import train_llava_med
 from report import scoring
 from report.audit import audit_scorer, read_synonyms
 from report.examples import read
+from train_surg_video_vqa import SYNONYMS
 
 # the published annotations of SurgViVQA-Audio, where they lie beside the project
 ANNOTATIONS = Path(__file__).parents[3] / "shared" / "data" / "surgvivqa_audio"
@@ -39,7 +40,7 @@ def without_the_empty(prediction, example):
 ANSWERS = [("yes_no", "no"), ("yes_no", "yes"), ("open_ended", "normal"), ("open_ended", "no"), ("open_ended", "polyp")]
 ANSWERS += [("open_ended", "polyps"), ("size_numeric", "5-10mm"), ("size_numeric", "11-20mm"), ("mcq", "(a) left")]
 EXAMPLES = [
-    SimpleNamespace(id=str(i), question_type=kind, question="Is it so?", answer=answer, also_right=[])
+    SimpleNamespace(id=str(i), question_type=kind, question="Is it so?", answer=answer, also_right=[], candidates=None)
     for i, (kind, answer) in enumerate(ANSWERS)
 ]
 
@@ -128,6 +129,8 @@ def test_our_own_scorers_pass_over_the_demo_s_vocabulary(demo):
     loaded = load_demo(folder, script, *flags)
     found = audit_scorer(lambda said, example: loaded.task.score(said, example)["exact"], loaded.examples)
     assert found["failures"] == [] and found["pairs"] > 20 and found["probes"]["nothing"] == len(loaded.examples)
+    found = audit_scorer(lambda said, example: loaded.task.score(said, example)["relaxed"], loaded.examples)
+    assert found["failures"] == []
 
 
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the SurgViVQA annotations are not here")
@@ -136,6 +139,7 @@ def test_our_scorer_passes_over_the_real_vocabulary():
     assert (len(examples), problems) == (3700, [])
     found = audit_scorer(strict, examples)
     assert found["failures"] == [] and found["pairs"] > 150 and found["probes"]["nothing"] == 3700
+    assert audit_scorer(lambda *asked: scoring.score(*asked, SYNONYMS)["relaxed"], examples)["failures"] == []
     assert audit_scorer(substring, examples)["failed"] and audit_scorer(similar, examples)["failed"]
 
 

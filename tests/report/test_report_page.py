@@ -487,6 +487,20 @@ def test_sections_without_content_are_left_out_of_page_and_navigation():
     assert sections == [*expected, "settings"]
 
 
+def test_the_page_names_what_answered_which_split_and_marks_an_early_step_and_changed_files():
+    of = {"model": "models/m", "checkpoint": "runs/a/checkpoints/step-00000200", "step": 200, "steps": 1261}
+    of |= {"script": "train_x.py", "script_sha256": "ab" * 32, "git_differs": True, "left_out": {"train": 3, "val": 1}}
+    text = plain(html_of(a_report(a_run(**of, split="val")), [], [], [], {}))
+    assert "80.0 % exact match on val" in text
+    assert "Model models/m, checkpoint runs/a/checkpoints/step-00000200: step 200 of 1,261 before the last step" in text
+    assert "train_x.py, sha256 abababababab, commit 0123abc files differ from the commit" in text
+    assert "left out: 3 of train, 1 of val" in text
+    of |= {"step": 1261, "git_differs": False, "left_out": {}}
+    text = plain(html_of(a_report(a_run(**of)), [], [], [], {}))
+    assert "exact match on test" in text and "left out: no example" in text
+    assert "before the last step" not in text and "files differ" not in text
+
+
 def test_settings_that_differ_between_runs_are_marked():
     html = html_of(a_report(a_run("a"), a_run("b", settings={"lr": 0.002, "tune": "lora"})), [], [], [], {})
     rows = re.findall(r'<th scope="row">(lr|tune)(.*?)</th>', html)
@@ -657,7 +671,8 @@ HOSTILE = (
 @pytest.mark.parametrize("bad", HOSTILE)
 def test_hostile_data_are_shown_as_text_and_run_nothing(chromium, tmp_path, bad):
     run = a_run(bad, types=(bad,), notes=[bad], settings={bad: bad}, versions={bad: bad}, argv=[bad], git_commit=bad)
-    run |= {"split": bad, "decode": bad}
+    run |= {"split": bad, "decode": bad, "step": 1, "steps": 2, "git_differs": bad, "left_out": {bad: 1}}
+    run |= dict.fromkeys(("model", "checkpoint", "script_sha256"), bad)
     run["types"][bad] = typed(labels=(bad, "yes"))
     run["blind"] = {bad: run["blind"]["blank"]}
     second = copy.deepcopy(run) | {"name": f"{bad}2"}

@@ -142,7 +142,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(fresh, tmp_
 
 def test_an_adapter_of_fewer_layers_is_refused_by_a_model_with_more(fresh, tmp_path):
     few = fresh()
-    add_lora(few, r"model\.language_model\..*\.q_proj", 4, 8)
+    add_lora(few, r"model\.language_model\..*\.q_proj", 4, 8, without=r".*")
     save_adapter(few, tmp_path)
     many = fresh()
     add_lora(many, script.LORA_PATTERN, 4, 8)
@@ -176,24 +176,45 @@ def test_peft_features_that_are_not_supported_are_refused(fresh, tmp_path, setti
     assert lora_layers(llava) == {}
 
 
+@pytest.mark.parametrize("target", ["(", 5, ["lm_head", "x" * 10**6]])
+def test_the_layers_of_an_adapter_are_those_of_its_file(fresh, tmp_path, target):
+    """target_modules is for who makes an adapter anew: nothing here compiles it, or makes layers of it."""
+    llava = with_lora(fresh())
+    save_adapter(llava, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": target}))
+    again = fresh()
+    assert load_adapter(again, tmp_path) == sorted(lora_layers(llava))
+    assert torch.equal(llava_logits(again), llava_logits(llava))
+
+
 def test_adapters_of_different_sizes_are_not_saved_because_the_file_names_one(fresh, tmp_path):
     llava = fresh()
-    add_lora(llava, r"model\.language_model\..*\.q_proj", r=4, alpha=8)
-    add_lora(llava, r"model\.language_model\..*\.v_proj", r=4, alpha=64)
+    add_lora(llava, r"model\.language_model\..*\.q_proj", r=4, alpha=8, without=r".*")
+    add_lora(llava, r"model\.language_model\..*\.v_proj", r=4, alpha=64, without=r".*")
     with pytest.raises(ValueError, match="alpha"):
         save_adapter(llava, tmp_path)
 
 
 def test_a_merged_adapter_is_not_saved(fresh, tmp_path):
-    llava = with_lora(fresh())
-    first = next(iter(lora_layers(llava).values()))
-    first.merge()
-    with pytest.raises(ValueError, match="is merged: save the adapter before merging"):
-        save_adapter(llava, tmp_path / "adapter")
-    merge_lora(llava)
+    llava = merge_lora(with_lora(fresh()))
     with pytest.raises(ValueError, match="no LoRA layers to save"):
         save_adapter(llava, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_with_parts_that_a_script_alone_reads_is_refused_by_peft_and_opens_here(base, fresh, tmp_path):
+    """Of a module that the base lacks, peft would drop the weights without a word."""
+    llava, again = with_lora(fresh()), fresh()
+    for model in (llava, again):
+        model.ear = torch.nn.Linear(2, 2)
+    llava.grafted = "ear"
+    save_adapter(llava, tmp_path)
+    with pytest.raises(KeyError, match=r"LORA with ear, which its own training script alone reads"):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.ear.weight, llava.ear.weight)
+    assert torch.equal(llava_logits(again), llava_logits(llava))
 
 
 # --- full tuning -----------------------------------------------------------------------------------------------
@@ -223,19 +244,19 @@ def test_save_trained_writes_an_adapter_where_there_is_one(fresh, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "error"),
     [
-        lambda t: t.pop("lm_head.weight"),
-        lambda t: t.update({"lm_head.extra": torch.ones(1)}),
-        lambda t: t.update({"lm_head.weight": torch.ones(639, 128)}),
+        (lambda t: t.pop("lm_head.weight"), r"0 keys without a place .*, 1 not in the file \(lm_head.weight"),
+        (lambda t: t.update({"lm_head.extra": torch.ones(1)}), r"1 keys without a place \(lm_head.extra"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(639, 128)}), r"lm_head.weight has shape \(639, 128\)"),
     ],
 )
-def test_full_weights_that_do_not_fit_are_refused_and_change_nothing(base, tmp_path, change):
+def test_full_weights_that_do_not_fit_are_refused_and_change_nothing(base, tmp_path, change, error):
     llava = copy.deepcopy(base)
     train_only(llava, r".*")
     tensors = {name: p.detach() + 1 for name, p in llava.named_parameters()}
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="1 parameters do not fit the model, such as lm_head"):
+    with pytest.raises(ValueError, match=error):
         load_trained(llava, tmp_path)
     assert torch.equal(llava_logits(llava), llava_logits(base))

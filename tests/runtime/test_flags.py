@@ -144,9 +144,12 @@ def test_merging_needs_to_know_what(capsys):
     assert "--merge: --out RUN required, or --resume FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("old", "new"), [("free", "greedy"), ("trie", "constrained"), ("score", "ranked")])
-def test_other_names_of_ways_to_answer_are_taken(old, new):
-    assert train_llava_med.parse_arguments([*NEEDED, "--decode", old]).decode == new
+def test_nothing_is_merged_into_what_exists_not_even_onto_the_base(demo_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for taken in (demo_folder / "model", tmp_path, tmp_path / "file"):  # said before the model is looked for
+        with pytest.raises(SystemExit, match="2"):
+            train_llava_med.main(["--model", "no/model", "--out", "RUN", "--merge", str(taken)])
+        assert f"--merge {taken}: it exists already; name a new folder" in capsys.readouterr().err
 
 
 def test_settings_are_printed_in_short_lines_by_the_first_rank_alone(capsys, monkeypatch):
@@ -160,9 +163,15 @@ def test_settings_are_printed_in_short_lines_by_the_first_rank_alone(capsys, mon
     assert capsys.readouterr().out == ""
 
 
+def test_test_is_answered_only_when_it_is_asked_for():
+    assert train_llava_med.parse_arguments(NEEDED).eval_split == "val"
+    assert train_llava_med.parse_arguments([*NEEDED, "--eval-split", "test"]).eval_split == "test"
+
+
 def test_overfitting_takes_200_steps_or_max_steps():
     args = train_llava_med.parse_arguments([*NEEDED, "--overfit", "8"])
     assert (args.max_steps, args.epochs, args.resume, args.out) == (200, 200, "none", "R/overfit")
+    assert args.eval_split == "train"  # what has been trained on is answered
     assert train_llava_med.parse_arguments([*NEEDED, "--overfit", "8", "--max-steps", "3"]).epochs == 3
 
 
@@ -200,3 +209,7 @@ def test_two_modes_at_once_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_llava_med.parse_arguments([*NEEDED, "--overfit", "4", "--eval-only"])
     assert "--overfit and --eval-only: one at a time" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_llava_med.parse_arguments([*NEEDED, "--check", "--merge", "folder"])
+    assert "--check and --merge: one at a time" in capsys.readouterr().err
+    assert train_llava_med.parse_arguments([*NEEDED, "--check", "--eval-only"]).check  # of what would be answered

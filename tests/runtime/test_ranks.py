@@ -57,17 +57,18 @@ def ended(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list
 
 
 def arguments(folder: Path, out: Path, *flags) -> list:
-    return ["--model", folder / "model", "--data", folder / "data", "--out", out, "--no-report", *FLAGS, *flags]
+    given = ["--model", folder / "model", "--data", folder / "data", "--out", out, "--eval-split", "test"]
+    return [*given, "--no-report", *FLAGS, *flags]
 
 
 def assert_close(out: Path, one: Path) -> None:
-    """The same loss curve to 1e-5, the same examples in every step, the same answers."""
+    """The same losses to 1e-5 (gradients to 1e-4: Adam magnifies rounding), examples of every step, and answers."""
     mine, theirs = metrics_of(out), metrics_of(one)
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for a, b in zip(mine, theirs, strict=True):
         assert a.get("ids") == b.get("ids")
         for name in {"loss", "val_loss", "grad_norm"} & b.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-5)
+            assert a[name] == pytest.approx(b[name], rel=1e-4 if name == "grad_norm" else 1e-5)
     assert (out / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
 
 
@@ -410,7 +411,7 @@ def test_a_rank_with_a_video_and_one_with_a_text_alone_train_as_one(plain_folder
     flags = ["--model", plain_folder / "model", "--vision-model", plain_folder / "vision", "--from-scratch"]
     flags += ["--data", plain_folder / "data", "--fast-frames", 2, "--fast-grid", 1, "--slow-frames", 2]
     flags += ["--slow-grid", 2, "--questions-per-step", 2, "--pack-tokens", 64, "--lr", 1e-3, "--max-answer-tokens", 3]
-    flags += ["--no-report"]
+    flags += ["--no-report", "--eval-split", "test"]
     train_video_plain_lm.main([str(flag) for flag in [*flags, "--out", tmp_path / "one"]])
     kinds = [{name[0] for name in line["ids"]} for line in metrics_of(tmp_path / "one") if "ids" in line]
     assert {"t", "v"} in kinds  # one of each in a step, and so a rank each

@@ -180,7 +180,8 @@ def test_every_rank_knows_its_place_and_gets_the_arguments_as_they_are(slurm, st
     """Four ranks on two nodes; the script in a folder whose name would be cut in two at its blank."""
     (tmp_path / "my repo/slurm").mkdir(parents=True)
     (tmp_path / "my repo/train_llava_med.py").touch()
-    shutil.copy(ROOT / "slurm/job.sh", tmp_path / "my repo/slurm")
+    for name in ("job.sh", "environment.sh"):
+        shutil.copy(ROOT / "slurm" / name, tmp_path / "my repo/slurm")
     script = Path(shutil.copy(SCRIPT, tmp_path / "my repo/slurm"))
     tell = stub(
         'place="$RANK:$LOCAL_RANK:$WORLD_SIZE:$MASTER_ADDR:$MASTER_PORT $(hostname)"\n'
@@ -215,6 +216,22 @@ def test_ranks_that_leave_one_after_the_other_with_85_are_requeued_but_not_for_e
     two = slurm.submit(tmp_path, *ONE_CORE, PYTHON=always, MAX_RESTARTS=1)
     assert outcome(slurm.ended(one)) == ("COMPLETED", "0:0", "1"), log_of(tmp_path, one)
     assert outcome(slurm.ended(two)) == ("FAILED", "85:0", "1"), log_of(tmp_path, two)
+
+
+@needs_slurm
+def test_a_log_that_cannot_be_written_in_logs_is_in_the_run_folder_or_at_home_and_says_why(slurm, stub, tmp_path):
+    """Slurm's own output goes to /dev/null: without a log the job would fail, or run, without a word."""
+    (tmp_path / "logs").touch()
+    (tmp_path / "file").touch()
+    works = stub("echo trained")
+    one = slurm.submit(tmp_path, *ONE_CORE, PYTHON=works, OUT="run")
+    two = slurm.submit(tmp_path, *ONE_CORE, PYTHON=works, OUT="file/run", HOME=tmp_path / "home")
+    assert [outcome(slurm.ended(job)) for job in (one, two)] == [("COMPLETED", "0:0", "0")] * 2
+    first = (tmp_path / f"run/llava_med_{one}.out").read_text()
+    second = (tmp_path / f"home/llava_med_{two}.out").read_text()
+    assert re.search(r"^no log in logs: mkdir: .*logs.*: File exists$", first, re.MULTILINE) and "\ntrained\n" in first
+    assert re.search(r"^no log in file/run: mkdir: .*: Not a directory$", second, re.MULTILINE)
+    assert "no log in logs: " in second and "\ntrained\n" in second
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,6 +425,61 @@ def test_other_models_and_folders_are_passed_on_where_there_are_some(stub, name,
     argv = ["bash", ROOT / f"slurm/{name}.sh", "--epochs", "3"]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == f"<{ROOT}/train_{name}.py><--model><m><--data><d><--out><o>{given}<--epochs><3>"
+
+
+def test_python_is_the_one_named_else_the_repository_s_else_the_active_environment_s(stub, tmp_path):
+    scripts = shutil.copytree(ROOT / "slurm", tmp_path / "repo/slurm")
+    places = {name: tmp_path / name for name in ("PATH", "CONDA_PREFIX", "VIRTUAL_ENV", "repo/.venv")}
+    for name, folder in places.items():
+        (folder / "bin").mkdir(parents=True)
+        program(folder / f"bin/python{'3' * (name == 'PATH')}", f"echo {name}")
+    env = clean_environment(PATH=f"{tmp_path}/PATH/bin:{os.environ['PATH']}")
+    for name in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        env.pop(name, None)
+    (tmp_path / "repo/.venv").rename(tmp_path / "later")
+    for name in ("PATH", "CONDA_PREFIX", "VIRTUAL_ENV", "repo/.venv", "PYTHON"):
+        env |= {name: str(places.get(name))} if name in ("CONDA_PREFIX", "VIRTUAL_ENV") else {}
+        env |= {"PYTHON": str(stub("echo PYTHON"))} if name == "PYTHON" else {}
+        if name == "repo/.venv":
+            (tmp_path / "later").rename(tmp_path / name)
+        done = subprocess.run(["bash", scripts / "llava_med.sh"], env=env, capture_output=True, text=True, check=True)
+        used = "python3" if name == "PATH" else f"{tmp_path}/{name}/bin/python"
+        assert (done.stdout, done.stderr) == (f"{name}\n", "" if name == "PYTHON" else f"Python: {used}\n")
+
+
+def dry(script: str, folder: Path, *flags, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """A job script's --dry-run, as on a login node without Slurm."""
+    env = clean_environment(**({"MODEL": folder / "model", "DATA": folder / "data", "OUT": "run"} | environment))
+    argv = ["bash", ROOT / f"slurm/{script}.sh", "--dry-run", *map(str, flags)]
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_dry_run_prints_what_would_run_and_leaves_nothing(qwen_folder, plain_folder, tmp_path):
+    flags = ["--skip-bad", "--eval-only", "--blind", "shuffled"]  # of a job that is chained to the training
+    one = dry("qwen2vl_pipeline", qwen_folder, *flags, cwd=tmp_path)
+    two = dry("video_plain_lm", plain_folder, "--from-scratch", cwd=tmp_path, VISION_MODEL=plain_folder / "vision")
+    assert one.returncode == two.returncode == 0, one.stdout + one.stderr + two.stdout + two.stderr
+    given = f"--model {qwen_folder}/model --data {qwen_folder}/data --out run {' '.join(flags)}"
+    assert f"the job would run {sys.executable} {ROOT}/train_qwen2vl_sentinel.py {given}\n" in one.stdout
+    assert f"{qwen_folder}/model is complete" in one.stdout and "train: 8 questions" in one.stdout
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+
+def test_a_dry_run_refuses_in_seconds_what_would_end_the_job(demo_folder, stub, tmp_path):
+    cut = shutil.copytree(demo_folder / "model", tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 100_000)
+    (tmp_path / "file").touch()
+    none = stub("echo 'ModuleNotFoundError: No module named torch'; exit 1")
+    for flags, environment, reason in [
+        ([], {"PYTHON": none}, f"{none} cannot train (ModuleNotFoundError: No module named torch): set PYTHON to one"),
+        ([], {"MODEL": cut}, f"{cut}/model.safetensors: truncated or not safetensors"),
+        ([], {"OUT": "file/run"}, "Not a directory"),
+        ([], {"DATA": tmp_path / "none"}, f"--data {tmp_path}/none: no such folder"),
+        (["--learning-rate", 1], {}, "unknown flag --learning-rate: here it is --lr"),
+    ]:
+        done = dry("llava_med", demo_folder, *flags, cwd=tmp_path, **environment)
+        assert done.returncode in (1, 2) and reason in done.stderr, done.stdout + done.stderr
+        assert "the job would run" not in done.stdout and not list(tmp_path.glob("run/*"))
 
 
 def test_download_finds_what_is_there_and_lists_what_is_missing(demo_folder, tmp_path):

@@ -1,8 +1,10 @@
 """What a run leaves behind, and every mode of the script, as a user starts it."""
 
 import json
+import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -13,12 +15,13 @@ import pytest
 import torch
 from helpers import read_lines, read_tensors, refused, run
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import common
 import train_llava_med
-from runtime import folders, record
+from runtime import folders, models, record
 from runtime.files import sha256
 
 SMALL = ["--limit", 24, "--questions-per-step", 12, "--max-steps", 2, "--lr", 1e-3, "--max-answer-tokens", 6]
@@ -57,7 +60,9 @@ def test_the_run_folder_is_complete(trained):
     names = {p.name for p in trained.iterdir()}
     files = {"config.json", "check.json", "metrics.jsonl", "steps.jsonl", "predictions.jsonl", "results.json"}
     assert names == files | {"checkpoints", "adapter"}
-    files = {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"}
+    files = {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "README.md"}
+    files |= {"preprocessor_config.json", "processor_config.json", "chat_template.jinja"}
+    files |= {"tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (trained / "adapter").iterdir()} == files
     (checkpoint,) = (trained / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000002"
@@ -171,7 +176,18 @@ def test_eval_only_without_examples_is_refused(demo_folder, trained, tmp_path):
     shutil.copytree(demo_folder / "data", tmp_path / "data")
     (tmp_path / "data" / "val.jsonl").unlink()
     flags = ["--eval-only", "--eval-split", "val", "--resume", trained / "checkpoints" / "step-00000002"]
-    assert refused(tmp_path, tmp_path / "run", *SMALL, *flags) == "--eval-split val: the data has no such examples"
+    said = refused(tmp_path, tmp_path / "run", *SMALL, *flags)
+    assert said == "--eval-split val: the data has no such examples, only of train and test"
+
+
+def test_val_is_answered_and_it_is_said_why_test_is_not(demo_folder, trained, tmp_path, capsys):
+    flags = ["--eval-only", "--resume", trained / "checkpoints" / "step-00000002", "--eval-split", "val"]
+    run(demo_folder, tmp_path, *SMALL, *flags)
+    said = "val will be answered; test only with --eval-split test: each look at it while settings are chosen wears it"
+    assert said in capsys.readouterr().out
+    rows = read_lines(demo_folder / "data" / "val.jsonl")[:24]
+    assert list(predictions(tmp_path)) == [row["id"] for row in rows]
+    assert json.loads((tmp_path / "results.json").read_text())["split"] == "val"
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
@@ -209,6 +225,86 @@ def test_a_merged_model_opens_plainly_and_generates_the_same_answers(demo_folder
         assert saved.keys() == again.keys() and all(torch.equal(saved[k], again[k]) for k in saved)
 
 
+@pytest.mark.parametrize(("dtype", "tune"), [(torch.bfloat16, "lora"), (torch.float16, "full")])
+def test_a_merged_model_has_the_base_s_number_format_and_is_rounded_once(demo_folder, tmp_path, dtype, tune):
+    """On a CPU, where a run computes in float32."""
+    (tmp_path / "data").symlink_to(demo_folder / "data")
+    LlavaForConditionalGeneration.from_pretrained(demo_folder / "model", dtype=dtype).save_pretrained(
+        tmp_path / "model"
+    )
+    for path in (demo_folder / "model").iterdir():
+        if not (tmp_path / "model" / path.name).exists():
+            shutil.copy(path, tmp_path / "model")
+    run(tmp_path, tmp_path / "run", *SMALL, "--max-steps", 1, "--tune", tune)
+    run(tmp_path, tmp_path / "run", "--merge", tmp_path / "merged")
+    names = "model.language_model.layers.0.mlp.up_proj", "model.multi_modal_projector.linear_1"
+    base, merged = (
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / name, dtype="auto") for name in ("model", "merged")
+    )
+    saved = load_file(tmp_path / "merged/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+    trained = load_file(next(p for p in (tmp_path / "run/checkpoints/step-00000001").glob("*model.safetensors")))
+    for name in names:
+        weight = merged.get_submodule(name).weight
+        if tune == "full" or "projector" in name:
+            exact = next(tensor for key, tensor in trained.items() if key.endswith(f"{name}.weight"))
+        else:
+            a, b = (trained[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+            exact = base.get_submodule(name).weight.float() + 2 * (b @ a)  # alpha 32, r 16
+        assert exact.dtype == torch.float32 and torch.equal(weight, exact.to(dtype))
+        assert not torch.equal(weight, base.get_submodule(name).weight)
+
+
+def test_every_file_has_the_permissions_that_the_umask_gives(demo_folder, tmp_path):
+    """Safetensors and whatever is made in temporary files is written for one user alone: 0600."""
+    before = os.umask(0o027)
+    try:
+        run(demo_folder, tmp_path / "run", *SMALL, "--report")
+        run(demo_folder, tmp_path / "run", "--merge", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "optimizer.safetensors" for path in files)
+    assert {path: oct(path.stat().st_mode) for path in files if path.stat().st_mode & 0o777 != 0o640} == {}
+
+
+def test_a_file_system_without_permissions_is_written_all_the_same(demo_folder, trained, tmp_path, monkeypatch):
+    """Such as one of a network: what was trained would be lost for a nicety."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    run(demo_folder, trained, "--merge", tmp_path / "merged")
+    assert (tmp_path / "merged/model.safetensors").is_file()
+
+
+def test_a_base_that_cannot_be_written_is_merged(folder, trained, tmp_path, monkeypatch):
+    """Copied with its permissions, its config.json could not be replaced by the merged model's."""
+    for path in (folder / "model").iterdir():
+        path.chmod(0o444)
+    merge = common.merge_lora
+
+    def look(vlm):
+        assert {oct(path.stat().st_mode & 0o200) for path in (tmp_path / "merged.writing").iterdir()} == {"0o200"}
+        return merge(vlm)
+
+    monkeypatch.setattr(common, "merge_lora", look)
+    run(folder, trained, "--merge", tmp_path / "merged")
+
+
+def test_a_merge_that_does_not_end_leaves_no_model(demo_folder, trained, tmp_path, monkeypatch):
+    (tmp_path / "merged.writing").mkdir()  # of one that was killed
+    (tmp_path / "merged.writing/old.json").touch()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(models.card, "complete", lambda *_: signal.raise_signal(signal.SIGINT))
+        run(demo_folder, trained, "--merge", tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    run(demo_folder, trained, "--merge", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert not (tmp_path / "merged/old.json").exists()
+
+
 def test_generation_settings_that_cannot_be_saved_end_no_run_after_its_last_step(demo_folder, tmp_path):
     """As Vicuna publishes them: transformers refuses to save a temperature without sampling. Answers are greedy."""
     shutil.copytree(demo_folder / "model", tmp_path / "model")
@@ -218,7 +314,7 @@ def test_generation_settings_that_cannot_be_saved_end_no_run_after_its_last_step
     run(tmp_path, tmp_path / "run", *SMALL, "--tune", "full", "--max-steps", 1)
     saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
     assert (saved["bos_token_id"], saved["eos_token_id"]) == (1, 2)
-    assert not saved.keys() & {"temperature", "top_p", "repetition_penalty", "do_sample"}
+    assert not saved.keys() & {"temperature", "top_p", "repetition_penalty"} and saved["do_sample"] is False
 
 
 def test_merge_without_a_checkpoint_is_refused(demo_folder, tmp_path):
@@ -267,14 +363,26 @@ def test_check_without_data_refuses_a_checkpoint_with_faults(folder):
 
 def test_overfit_answers_every_example_right_or_exits_1(demo_folder, tmp_path, capsys):
     flags = ["--overfit", 8, "--tune", "full", "--lr", 2e-3, "--save-every", 1000, "--eval-every", 1000]
-    run(demo_folder, tmp_path, *flags, "--max-steps", 40)
+    run(demo_folder, tmp_path, *flags, "--max-steps", 60)
     assert "0 answers wrong (must be none)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "overfit" / "results.json").read_text())["split"] == "train"
     lines = read_lines(tmp_path / "overfit" / "predictions.jsonl")
     rows = read_lines(demo_folder / "data" / "train.jsonl")[:8]
     assert [(line["id"], line["prediction"]) for line in lines] == [(row["id"], row["answer"]) for row in rows]
     with pytest.raises(SystemExit) as caught:  # the second time it starts over, in too few steps
         run(demo_folder, tmp_path, *flags, "--max-steps", 2, "--max-answer-tokens", 2)
     assert caught.value.code == 1
+    assert "give more --max-steps" in capsys.readouterr().out
+
+
+def test_overfit_stops_once_all_is_learned_and_then_blames_answering(demo_folder, tmp_path, capsys):
+    flags = ["--overfit", 4, "--tune", "full", "--lr", 2e-3, "--max-steps", 150, "--max-answer-tokens", 1]
+    with pytest.raises(SystemExit) as caught:
+        run(demo_folder, tmp_path, *flags)
+    steps = [line["step"] for line in read_lines(tmp_path / "overfit/metrics.jsonl") if "loss" in line]
+    said = capsys.readouterr().out
+    assert caught.value.code == 1 and "look at how it is answered (--max-answer-tokens" in said
+    assert len(steps) < 150 and f"overfit: 4 examples, {len(steps)} of 150 steps" in said
 
 
 def test_constrained_answers_are_candidates_only(demo_folder, trained, tmp_path):
@@ -473,7 +581,7 @@ def test_nothing_is_unpickled_and_no_connection_is_opened(demo_folder, tmp_path,
     run(demo_folder, tmp_path / "run", "--merge", tmp_path / "merged")
     assert used == []
     kinds = {p.suffix for p in (*(tmp_path / "run").rglob("*"), *(tmp_path / "merged").rglob("*")) if p.is_file()}
-    assert kinds == {".json", ".jsonl", ".safetensors", ".jinja"}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
 
 
 def test_a_download_that_breaks_off_is_tried_again_then_checked_like_a_folder(demo_folder, monkeypatch):

@@ -258,7 +258,7 @@ def test_a_missing_weight_of_the_language_model_is_refused_in_every_script(each,
 TEMPLATE = (
     "{% for m in messages %}{{ 'READER: ' if m.role == 'user' else ' WRITER: ' }}{% for part in m.content %}"
     "{{ 'IMAGE' if part.type == 'image' else part.text }}{% endfor %}"
-    "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ ' WRITER: ' if add_generation_prompt }}"
 )
 MARKS = {"llava_med": "<image>\\n", "qwen2vl_sentinel": "<|vision_start|><|image_pad|><|vision_end|>"}
 PLACES = ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"]

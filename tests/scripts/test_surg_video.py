@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import difference, gradients, load_demo, metrics_of, read_lines, read_tensors, stop_in
+from helpers import difference, gradients, load_demo, metrics_of, read_lines, read_tensors, refuses_elsewhere, stop_in
 from helpers import refused as script_refused
 from helpers import run as run_script
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, WhisperFeatureExtractor, WhisperModel
@@ -27,7 +28,7 @@ from common import IGNORE, answering_prompt, pack
 from inputs import images
 from report import scoring
 from report.baselines import blind_answers
-from runtime import EXIT_STOPPED, Run
+from runtime import EXIT_STOPPED, Run, models
 
 SMALL = ["--limit", 12, "--questions-per-step", 4, "--max-answer-tokens", 4]
 
@@ -278,6 +279,7 @@ def test_parameters_are_counted_at_the_published_sizes(video_folder, tmp_path, c
     whisper = {"model_type": "whisper", "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20}
     whisper |= {"encoder_ffn_dim": 5120, "num_mel_bins": 128, "vocab_size": 51866}
     (tmp_path / "whisper").mkdir()
+    (tmp_path / "qwen/model.safetensors").unlink()  # those of other sizes
     for name, config in {"qwen": {**qwen, **ids, "vision_config": vision}, "whisper": whisper}.items():
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     argv = ["--model", str(tmp_path / "qwen"), "--check"]
@@ -312,30 +314,46 @@ def test_the_projector_is_trained_and_saved_with_the_adapter_and_nothing_else_ch
     for name, tensor in whisper.items():
         if name.startswith("model.encoder."):
             assert torch.equal(merged[name.replace("model.encoder.", "audio_tower.")], tensor)
-    before, after = (
-        Qwen2VLForConditionalGeneration.from_pretrained(path).state_dict()
-        for path in (video_folder / "model", tmp_path / "merged")
-    )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.startswith("model.language_model.layers.") for name in changed)
+    before = load_file(video_folder / "model/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed and all(name.startswith("model.layers.") for name in changed)
 
 
-def test_a_merged_folder_is_bf16_loads_again_without_whisper_and_answers_alike(video_folder, trained, tmp_path):
-    flags = ["--resume", trained / "checkpoints/step-00000004"]
-    run(video_folder, tmp_path, *flags, "--merge", tmp_path / "small")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "small/model.safetensors").values()} == {torch.bfloat16}
-    run(video_folder, tmp_path, *flags, "--merge", tmp_path / "demo/model", "--dtype", "fp32")
-    assert AutoTokenizer.from_pretrained(tmp_path / "demo/model").encode("<|AUDIO|>") == [
-        json.loads((tmp_path / "demo/model/config.json").read_text())["audio_token_id"]
+def test_a_merged_folder_loads_again_without_whisper_and_answers_alike(video_folder, trained, tmp_path):
+    run(video_folder, tmp_path, "--resume", trained / "checkpoints/step-00000004", "--merge", tmp_path / "demo/model")
+    assert models.tokenizer(tmp_path / "demo/model").encode("<|AUDIO|>") == [
+        json.loads((tmp_path / "demo/model/script_config.json").read_text())["audio_token_id"]
     ]
     (tmp_path / "demo/data").symlink_to(video_folder / "data")
     flags = [*SMALL, "--max-steps", 1, "--lr", 0, "--lora-r", 1, "--lora-dropout", 0]
     run_script(tmp_path / "demo", tmp_path / "again", *flags, script=script)
     assert read_lines(tmp_path / "again/predictions.jsonl") == read_lines(trained / "predictions.jsonl")
+    (tmp_path / "demo/model/script_config.json").rename(tmp_path / "demo/model/config.json")  # as older versions wrote
+    run_script(tmp_path / "demo", tmp_path / "old", *flags, script=script)
+    assert read_lines(tmp_path / "old/predictions.jsonl") == read_lines(trained / "predictions.jsonl")
     text = script_refused(
         tmp_path / "demo", tmp_path / "out", "--check", "--audio-model", video_folder / "whisper", script=script
     )
     assert "already has an audio encoder; leave the flag out" in text
+
+
+def test_what_plain_transformers_and_peft_would_read_by_half_they_refuse(video_folder, trained, tmp_path):
+    run(video_folder, tmp_path, "--resume", trained / "checkpoints/step-00000004", "--merge", tmp_path / "merged")
+    words = "with audio_tower and audio_projector, which its own training script alone reads"
+    refuses_elsewhere(tmp_path / "merged", Qwen2VLForConditionalGeneration, f"qwen2_vl {words}")
+    refuses_elsewhere(trained / "adapter", Qwen2VLForConditionalGeneration, f"LORA {words}")
+    other = script_refused(
+        tmp_path, tmp_path / "out", "--check", "--model", tmp_path / "merged", script=train_qwen2vl_sentinel
+    )
+    assert f"model_type 'qwen2_vl {words}', not 'qwen2_vl'" in other
+
+
+def test_without_sound_everything_stays_plain(video_folder, tmp_path):
+    run_script(video_folder, tmp_path / "run", *SMALL, "--max-steps", 1, "--lr", 1e-3, script=script)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(video_folder / "model")
+    PeftModel.from_pretrained(model, tmp_path / "run/adapter")
+    run_script(video_folder, tmp_path / "run", "--merge", tmp_path / "merged", script=script)
+    Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "merged")
 
 
 def test_a_folder_of_full_tuning_holds_the_graft(video_folder, tmp_path):
@@ -415,7 +433,7 @@ def test_what_a_checkpoint_needs_is_named(video_folder, qwen_folder, trained, tm
     assert "the checkpoint was trained with a part of another model: give it with --audio-model" in text
     run_script(qwen_folder, tmp_path / "images", *SMALL, "--max-steps", 1, script=train_qwen2vl_sentinel)
     text = refused(video_folder, tmp_path, *flags, tmp_path / "images/checkpoints/step-00000001")
-    assert "is of another script, or of an older version: it does not say its question" in text
+    assert "is of another script: it does not say its question" in text
 
 
 def change(path, **values):
@@ -646,6 +664,6 @@ def test_five_examples_are_overfitted(video_folder, tmp_path, capsys):
     flags = ["--overfit", 5, "--max-steps", 80, "--tune", "full", "--lr", 2e-3]
     run(video_folder, tmp_path, *flags, "--questions-per-step", 5, "--frames", 3)
     assert "0 answers wrong" in capsys.readouterr().out
-    assert metrics_of(tmp_path / "overfit")[-2]["loss"] < 0.01
+    assert metrics_of(tmp_path / "overfit")[-2]["loss"] < 0.05  # it stops once no token can be wrong
     records = read_lines(tmp_path / "overfit/predictions.jsonl")
     assert len(records) == 5 and all(record["correct"] and record["ended"] for record in records)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brain_scans import SMALL, VOLUMES, conversation, load_demo, refused, run
-from helpers import difference, gradients, metrics_of, read_lines, read_tensors, stop_in
+from helpers import difference, gradients, metrics_of, read_lines, read_tensors, refuses_elsewhere, stop_in
 from helpers import load_demo as load_with
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -180,7 +180,7 @@ def test_after_a_step_what_is_frozen_is_the_same_and_what_is_trained_has_changed
 
 def test_a_pattern_that_matches_nothing_is_an_error(data, monkeypatch):
     monkeypatch.setattr(script, "EMBEDDING_PATTERN", r"model\.vision_tower\.vision_model\.embeddings\..*")
-    with pytest.raises(ValueError, match="no parameter matches"):
+    with pytest.raises(SystemExit, match="no parameter matches"):
         load(data)
 
 
@@ -300,7 +300,8 @@ def texts_of(entry: dict) -> str:
         images = "<image>" * sum(part["type"] == "image" for part in turn["content"])
         said = "".join("\n" + part["text"] for part in turn["content"] if part["type"] == "text")
         rendered += f"<|im_start|>{turn['role']} {images}{said}<|im_end|>"
-    return rendered
+    before, _, answer = rendered.rpartition("assistant \n")
+    return f"{before}assistant\n{answer}"  # it is asked so (add_generation_prompt), and writes a space into answers
 
 
 def embedded(model, data, input_ids: list[int], media: dict) -> torch.Tensor:
@@ -353,8 +354,13 @@ def test_a_mixed_batch_equals_its_conversations_one_by_one(data, tune):
     assert difference(found, separate(model, data, mixed(data))) < 1e-5
 
 
-def test_all_answers_supervised_as_examples_of_their_own_are_the_conversation_supervised_at_once(mri_folder, data):
-    """--supervise all: loss and gradients of one sequence in which every answer is supervised, through transformers."""
+def test_all_answers_supervised_as_examples_of_their_own_are_the_conversation_supervised_at_once(copy, data):
+    """--supervise all: loss and gradients of one sequence in which every answer is supervised, through transformers.
+
+    Where an answer of the conversation has the header that it is asked with; the published template adds a space.
+    """
+    mri_folder, template = copy, copy / "model/chat_template.jinja"
+    template.write_text(template.read_text().replace("message['role'] + ' '", "message['role']"))
     path = conversation(mri_folder, "train", "comparison")
     entry, name = json.loads(path.read_text()), f"train/{path.stem}"
     every = load_demo(mri_folder, "--supervise", "all")
@@ -365,10 +371,10 @@ def test_all_answers_supervised_as_examples_of_their_own_are_the_conversation_su
     (batch,) = pack(trees, 4096)
     found = gradients(model, model({**batch, **every.read_media(batch["prompts"])})[0])
 
-    text = texts_of(entry)
+    text = re.sub(r"(user|assistant) ?(?=<image>|\n)", r"\1", texts_of(entry))
     for turn in entry["conversations"][1::2]:
         answer = turn["content"][0]["text"]
-        text = text.replace(f"assistant \n{answer}", f"assistant \n<ANS>{answer}</ANS>")
+        text = text.replace(f"assistant\n{answer}", f"assistant\n<ANS>{answer}</ANS>")
     input_ids, labels = [], []
     for number, part in enumerate(re.split("</?ANS>", text)):  # answers are the odd parts, and EOS follows each
         ids = data.task.tokenizer.encode(part)
@@ -504,8 +510,10 @@ def test_stopped_and_resumed_it_is_the_same_run(mri_folder, trained, tmp_path, m
 
 
 def test_the_run_s_model_folder_answers_alike_and_goes_on_with_its_embeddings(mri_folder, trained, tmp_path, capsys):
-    """Without any flag: how volumes are read stands in its config.json."""
+    """Without any flag: how volumes are read stands in its configuration, which is not for plain transformers."""
     out, _ = trained
+    words = "llava with patch_embed in the place of vision_tower.embeddings, which its own training script alone reads"
+    refuses_elsewhere(out / "model", LlavaForConditionalGeneration, words)
     (tmp_path / "demo").mkdir()
     shutil.copytree(out / "model", tmp_path / "demo/model")
     os.symlink(mri_folder / "data", tmp_path / "demo/data")
@@ -513,6 +521,7 @@ def test_the_run_s_model_folder_answers_alike_and_goes_on_with_its_embeddings(mr
     printed = capsys.readouterr().out
     assert "modality ['T1:32x32x32:8x8x8', 'rsfMRI:24x24x24x4:8x8x8x2'] (from " in printed
     assert (tmp_path / "more/predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
+    (tmp_path / "demo/model/script_config.json").rename(tmp_path / "demo/model/config.json")  # as older versions wrote
     weights = load_file(tmp_path / "demo/model/model.safetensors")
     weights.pop("patch_embed.T1.position.weight")
     save_file(weights, tmp_path / "demo/model/model.safetensors", metadata={"format": "pt"})
