@@ -75,10 +75,11 @@ def during(monkeypatch, step: int, action) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [["--kills", 5], ["--kills", 3, "--politely"]], ids=["SIGKILL", "SIGTERM, SIGUSR1"])
-def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(demo_folder, tmp_path, flags):
+def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(demo_folder, tmp_path):
+    """Also one that is signalled, and whose workers are killed and hang."""
     command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--demo", demo_folder, "--out", tmp_path / "kills"]
-    command += [*flags, "--save-every", 3, "--max-steps", 40, "--max-answer-tokens", 2, "--seed", os.getpid()]
+    command += ["--kills", 5, "--signals", 3, "--worker-kills", 2, "--worker-hangs", 1]
+    command += ["--save-every", 3, "--max-steps", 90, "--max-answer-tokens", 2, "--seed", os.getpid()]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "different from the undisturbed run: nothing" in done.stdout
