@@ -51,6 +51,7 @@ def conversation_tokens(tokenizer, turns, tokens):
     for turn in turns:
         text = tokenizer.apply_chat_template([turn], tokenize=False).replace("<image>", "<image>" * tokens)
         given, newline, answer = text.partition(" \n") if turn["role"] == "assistant" else (text, "", "")
+        newline = newline.lstrip(" ") if turn is turns[-1] else newline  # "assistant\n" is what it is asked with
         given, answer = tokenizer.encode(given + newline), tokenizer.encode(answer)
         ids += given + answer
         learnt += [-100] * len(given) + answer
