@@ -27,10 +27,10 @@ from transformers import LlavaForConditionalGeneration
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, processors, questions
+from inputs import data_check, images, layouts, predict, processors, prompts, questions
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results
-from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, optimizers, program, ranks, shards
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
@@ -40,27 +40,32 @@ IMAGE = "<image>"
 # every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR_PATTERN = r"model\.multi_modal_projector\..*"
-OWN_SETTINGS = ["image_fit"]  # flags of this script alone that a checkpoint is bound to
-# for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained
+PARTS = {"projector": PROJECTOR_PATTERN, "vision": r"model\.vision_tower\..*"}  # of --lr-projector, --lr-vision
+OWN_SETTINGS = ["image_fit", "system"]  # flags of this script alone that a checkpoint is bound to
+# for checkpoints that come without a chat template: Mistral's, as LLaVA-Med v1.5 was trained; a system text stands
+# before the first question
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% for part in m.content %}"
-    "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %} [/INST]"
+    "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}"
+    "{{ '[INST] ' if loop.first or loop.previtem.role == 'assistant' }}{% for part in m.content %}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}"
+    "{{ '\n\n' if m.role == 'system' else ' [/INST]' }}"
     "{% else %} {{ m.content[0].text }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
 def parse_arguments(argv):
-    parser = flags.shared(__doc__)
+    parser = flags.shared(__doc__, parts=PARTS)
     add = parser.add_argument_group("EndoVis-18-VQA").add_argument
     text = "published split: paper or sequence; with :Sentence answers are sentences (default: none)"
     add("--endovis", choices=layouts.ENDOVIS, metavar="SPLIT", help=text)
     processors.add_flag(parser)
+    prompts.add_flag(parser)
     return flags.parse(parser, argv)
 
 
 # ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
-FIELDS = {*images.FIELDS, *layouts.FIELDS}
+FIELDS = {*images.FIELDS, "images", "system", *layouts.FIELDS}
 
 
 def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
@@ -75,15 +80,16 @@ def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    image = images.named(data, entry)
-    group = named(entry, "group", image)  # patient, video or procedure; the image where nothing else is known
+    entry = images.placed(data, entry)  # where each of its images is shown
+    group = named(entry, "group", where)  # patient, video or procedure; the image where nothing else is known
     return Example(
         where=where,
         split=split or split_of(group),
         id=named(entry, "id", where),
         group=group,
-        media=[image],
-        history=entry.get("history") or [],
+        media=entry["images"],
+        system=named(entry, "system", ""),
+        history=entry["history"],
         **questions.fields(entry),  # question, answer, question_type, candidates
     )
 
@@ -93,6 +99,8 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> Exam
 
 class LlavaTask(Task):
     """How an example becomes tokens and pixels: read from the checkpoint's folder, no weights needed."""
+
+    remedy = "show fewer images, or less text"
 
     def __init__(self, folder: Path, args):
         config = read_config(folder)
@@ -115,44 +123,43 @@ class LlavaTask(Task):
         self.report |= {"image_token": {"id": self.image_id, "per_image": self.per_image}, "image_fit": args.image_fit}
 
     def encode(self, example: Example, answer: str) -> tuple[list[int], list[int], list[int]]:
-        """(prefix, input_ids, labels): all up to the image's last placeholder, then the question and an answer.
+        """(prefix, input_ids, labels): all up to the last image's last placeholder, then the question and an answer.
 
         The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image:
         with nine of 40 tokens each, 30 + 576 + 9 * 40 = 966 tokens instead of 9 * 646 = 5,814.
         """
-        text = common.conversation(self.tokenizer, self.messages(example), answer)
+        text = prompts.conversation(self.tokenizer, self.messages(example), answer, self.image_id)
         input_ids, labels = common.encode_supervised(self.tokenizer, text)
-        cut = input_ids.index(self.image_id) + 1
-        prefix = common.expand_placeholder(input_ids[:cut], self.image_id, [self.per_image])
+        cut = len(input_ids) - input_ids[::-1].index(self.image_id) if example.media else 0
+        prefix = common.expand_placeholder(input_ids[:cut], self.image_id, [self.per_image] * len(example.media))
         return prefix, input_ids[cut:], labels[cut:]
 
     def messages(self, example: Example) -> list[dict]:
-        """The conversation up to its question, as the checkpoint's chat template reads it; the image comes first."""
-        found = []
-        for question, reply in [*example.history, (example.question, None)]:
-            image = [] if found else [{"type": "image"}]
-            found.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-            found.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-        return found[:-1]
+        """The conversation up to its question, as the checkpoint's chat template reads it."""
+        turns = [*example.history, (example.question, "")]
+        return images.messages(turns, len(example.media), self.system(example))
 
     def placeholders(self, example: Example) -> dict[int, int]:
         """{placeholder's ID: how many the prefix must hold}: as many as the model makes features, or it is refused."""
-        return {self.image_id: self.per_image}
+        return {self.image_id: self.per_image * len(example.media)}
+
+    def kind(self, example: Example) -> tuple:
+        """Examples that agree in this can be asked about each other's images: they show as many."""
+        return (len(example.media),)
 
     def measure(self, data: Path, name: str) -> tuple[dict, str]:
         """The size of an image, decoded completely, and its content."""
         return images.measure(data, name)
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
-        """The pixel_values (images, 3, height, width) of prompt trees, in the order of the packed sequence."""
-        pictures = [images.open_image(data, name) for tree in trees for name in tree.media]
-        return {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"]}
+        """The pixel_values (images, 3, height, width) of prompt trees, in the order of the packed sequence, if any."""
+        pictures = [images.open_image(data, name, self.change(tree)) for tree in trees for name in tree.media]
+        return {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"]} if pictures else {}
 
 
 def read_config(folder: Path):
     """The checkpoint's configuration, which must be a LLaVA's."""
-    remedy = "transformers does not know LLaVA-Med's original llava_mistral"
-    return models.config(folder, "llava", f"{remedy}; use a checkpoint converted to transformers' format")
+    return models.config(folder, "llava")  # also of LLaVA-Med as it is published: models.find has translated it
 
 
 def tokens_per_image(config) -> int:
@@ -196,7 +203,7 @@ class LlavaMed(nn.Module):
         """Last hidden states (1, T, width) of tokens (1, T) under a mask (1, 1, T, keys); `media` of read_media."""
         embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
         if media is not None:  # raises unless placeholders and features are equally many
-            features = self.image_features(media["pixel_values"])
+            features = self.image_features(media["pixel_values"]) if "pixel_values" in media else embeds[0, :0]
             embeds = common.put_features(embeds, input_ids, self.image_id, features)
         return common.last_hidden(self.decoder, embeds, position_ids, mask, cache)
 
@@ -244,19 +251,18 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(trained, args), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
-    steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
+    steps = run.steps(plan, start, task)  # of each step this rank's packed sequences
     run.stop.wait()  # from here on a signal is noted, and acted on once its step is saved
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == metrics.total
-        if val and metrics.validated < step and (last or step % args.eval_every == 0):
+        if val and metrics.validated < step and (step == metrics.total or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
-        if last:
+        if step == metrics.total:  # which --patience may just have made the last
             run.stop.act()
             metrics.close()
             return loss
@@ -284,7 +290,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         lr = learning_rate(step, len(plan), args)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics.step(step, trees, loss, grad_norm, lr)  # a line of metrics.jsonl, or of bad_steps.jsonl
@@ -311,6 +317,8 @@ def main(argv=None) -> None:
         task = LlavaTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
+        if args.predict:  # of questions without answers
+            return predict.answer(read_examples, load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
@@ -328,14 +336,15 @@ def main(argv=None) -> None:
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)
+            checkpoints.choose_answering(run, model.vlm)  # that of the lowest validation loss: --answer-with
             models.write_final(load_model, folder, task, run)
         # ---- answer ----
-        asked, prompts = examples[args.eval_split], trees[args.eval_split]
+        asked, asked_trees = examples[args.eval_split], trees[args.eval_split]
         if not asked:
             return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
-            asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
-        records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
+            asked, asked_trees, task, run = blind.prepare(asked, asked_trees, task, run)
+        records = common.evaluate(model, asked_trees, asked, task, run)  # one for each example, answered or not
         figures = results.finish(records, asked, examples["train"], task, run)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

@@ -32,10 +32,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForCondition
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, questions
+from inputs import data_check, images, layouts, predict, prompts, questions
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results
-from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, optimizers, program, ranks, shards
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
@@ -47,11 +47,14 @@ SYSTEM = "Answer the question about the medical image with the answer alone."
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # with --lora-vision also those of the vision tower and of the merger, which projects to the language model's width
 VISION_PATTERN = r"model\.visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|merger\.mlp\.[02])"
-OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels", "sentinels"]  # own flags that a checkpoint is bound to
+# of --lr-projector, --lr-vision
+PARTS = {"projector": r"model\.visual\.merger\..*", "vision": r"model\.visual\.(?!merger\.).*"}
+# own flags that a checkpoint is bound to
+OWN_SETTINGS = ["lora_vision", "min_pixels", "max_pixels", "sentinels", "system"]
 
 
 def parse_arguments(argv):
-    parser = flags.shared(__doc__, decode="constrained")
+    parser = flags.shared(__doc__, parts=PARTS, decode="constrained")
     add = parser.add_argument_group("Qwen2-VL").add_argument
     own = "(default: the checkpoint's own)"
     add("--min-pixels", type=flags.positive, metavar="N", help=f"smaller images are enlarged to N pixels {own}")
@@ -59,6 +62,7 @@ def parse_arguments(argv):
     add("--lora-vision", action="store_true", help="adapters in the vision tower and its merger, too (default: no)")
     keep = "keep: <ANS> stays in the model's input, as in the original recipe (default: strip)"
     add("--sentinels", choices=["strip", "keep"], default="strip", help=keep)
+    prompts.add_flag(parser, SYSTEM)
     args = flags.parse(parser, argv)
     if args.lora_vision and args.tune == "full":
         parser.error("--lora-vision: with --tune full the vision tower is trained anyway")
@@ -67,7 +71,7 @@ def parse_arguments(argv):
 
 # ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
-FIELDS = {*images.FIELDS, *layouts.FIELDS}
+FIELDS = {*images.FIELDS, "images", "system", *layouts.FIELDS}
 
 
 def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
@@ -81,16 +85,16 @@ def read_examples(data: Path, args) -> tuple[list[Example], list[Problem]]:
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
-    image = images.named(data, entry)
-    if entry.get("history"):
-        raise ValueError("earlier turns would not be read; keep one question and its answer")
-    group = named(entry, "group", image)  # patient, video or procedure; the image where nothing else is known
+    entry = images.placed(data, entry)  # where each of its images is shown
+    group = named(entry, "group", where)  # patient, video or procedure; the image where nothing else is known
     return Example(
         where=where,
         split=split or split_of(group),
         id=named(entry, "id", where),
         group=group,
-        media=[image],
+        media=entry["images"],
+        system=named(entry, "system", ""),
+        history=entry["history"],
         **questions.fields(questions.composed(entry)),  # question, answer, question_type, candidates
     )
 
@@ -124,31 +128,32 @@ class QwenTask(Task):
         self.report |= {"image_token": self.image_id, "pixels": self.images.pixels}
 
     def encode(self, example: Example, answer: str) -> tuple[list[int], list[int], list[int]]:
-        """(prefix, input_ids, labels): all up to the image's last placeholder, then the question and an answer.
+        """(prefix, input_ids, labels): all up to the last image's last placeholder, then the question and an answer.
 
         The tokenizer splits at the placeholder anyway, so the prefix is the same for every question of the image.
         """
-        text = common.conversation(self.tokenizer, self.messages(example), answer)
+        text = prompts.conversation(self.tokenizer, self.messages(example), answer, self.image_id)
         input_ids, labels = common.encode_supervised(self.tokenizer, text, self.args.sentinels == "keep")
-        cut = input_ids.index(self.image_id) + 1
-        prefix = common.expand_placeholder(input_ids[:cut], self.image_id, [self.image_tokens(example)])
+        cut = len(input_ids) - input_ids[::-1].index(self.image_id) if example.media else 0
+        prefix = common.expand_placeholder(input_ids[:cut], self.image_id, self.image_tokens(example))
         return prefix, input_ids[cut:], labels[cut:]
 
     def messages(self, example: Example) -> list[dict]:
-        """The conversation up to its question, as the checkpoint's chat template reads it."""
-        question = f"Question type: {example.question_type}\nQuestion: {example.question}"
-        return [
-            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        ]
+        """The conversation up to its question, as the checkpoint's chat template reads it; each turn with its type."""
+        types = [*(questions.question_type(question) for question, _ in example.history), example.question_type]
+        turns = []
+        for kind, (question, reply) in zip(types, [*example.history, (example.question, "")], strict=True):
+            marks, asked = images.lead(question)  # images that come first do so before the type
+            turns.append((f"{marks}Question type: {kind}\nQuestion: {asked}", reply))
+        return images.messages(turns, len(example.media), self.system(example))
 
-    def image_tokens(self, example: Example) -> int:
-        """One for every 28 x 28 pixels of the image, once its size lies between --min-pixels and --max-pixels."""
-        return self.images.tokens(self.measured[example.media[0]]["size"])
+    def image_tokens(self, example: Example) -> list[int]:
+        """Of each image one for every 28 x 28 pixels, once its size lies between --min-pixels and --max-pixels."""
+        return [self.images.tokens(self.measured[name]["size"]) for name in example.media]
 
     def placeholders(self, example: Example) -> dict[int, int]:
         """{placeholder's ID: how many the prefix must hold}: as many as the model makes features, or it is refused."""
-        return {self.image_id: self.image_tokens(example)}
+        return {self.image_id: sum(self.image_tokens(example))}
 
     def positions(self, example: Example, prefix: list[int]) -> torch.Tensor:
         """M-RoPE positions (3, P) of a prefix: text counts on in all three, an image in time, height and width."""
@@ -158,6 +163,10 @@ class QwenTask(Task):
         """What must hold no special token: all that is written into the conversation."""
         return [*super().texts(example), example.question_type]
 
+    def kind(self, example: Example) -> tuple:
+        """Examples that agree in this can be asked about each other's images: they show as many."""
+        return (len(example.media),)
+
     def measure(self, data: Path, name: str) -> tuple[dict, str]:
         """The size of an image, decoded completely, and its content."""
         return images.measure(data, name)
@@ -165,7 +174,8 @@ class QwenTask(Task):
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """pixel_values and image_grid_thw of the trees' images, of any sizes, in the order of the packed sequence."""
         names = [name for tree in trees for name in tree.media]
-        return self.images.read(data, names, [self.measured[name]["size"] for name in names])
+        changes = [self.change(tree) for tree in trees for _ in tree.media]
+        return self.images.read(data, names, [self.measured[name]["size"] for name in names], changes)
 
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
@@ -196,7 +206,8 @@ class Qwen2VL(nn.Module):
         """Last hidden states (1, T, width) of tokens (1, T) at positions (3, 1, T) under a mask (1, 1, T, keys)."""
         embeds = self.vlm.get_input_embeddings()(input_ids)  # (1, T, width)
         if media is not None:  # raises unless placeholders and features are equally many
-            embeds = common.put_features(embeds, input_ids, self.image_id, self.image_features(media))
+            features = self.image_features(media) if "pixel_values" in media else embeds[0, :0]
+            embeds = common.put_features(embeds, input_ids, self.image_id, features)
         return common.last_hidden(self.decoder, embeds, position_ids, mask, cache)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,19 +255,18 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(trained, args), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
-    steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
+    steps = run.steps(plan, start, task)  # of each step this rank's packed sequences
     run.stop.wait()  # from here on a signal is noted, and acted on once its step is saved
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == metrics.total
-        if val and metrics.validated < step and (last or step % args.eval_every == 0):
+        if val and metrics.validated < step and (step == metrics.total or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
-        if last:
+        if step == metrics.total:  # which --patience may just have made the last
             run.stop.act()
             metrics.close()
             return loss
@@ -284,7 +294,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         lr = learning_rate(step, len(plan), args)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics.step(step, trees, loss, grad_norm, lr)  # a line of metrics.jsonl, or of bad_steps.jsonl
@@ -311,6 +321,8 @@ def main(argv=None) -> None:
         task = QwenTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
+        if args.predict:  # of questions without answers
+            return predict.answer(read_examples, load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
@@ -328,14 +340,15 @@ def main(argv=None) -> None:
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)
+            checkpoints.choose_answering(run, model.vlm)  # that of the lowest validation loss: --answer-with
             models.write_final(load_model, folder, task, run)
         # ---- answer ----
-        asked, prompts = examples[args.eval_split], trees[args.eval_split]
+        asked, asked_trees = examples[args.eval_split], trees[args.eval_split]
         if not asked:
             return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
-            asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
-        records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
+            asked, asked_trees, task, run = blind.prepare(asked, asked_trees, task, run)
+        records = common.evaluate(model, asked_trees, asked, task, run)  # one for each example, answered or not
         figures = results.finish(records, asked, examples["train"], task, run)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

@@ -5,6 +5,7 @@ files ({train,eval,test}_multivideo.jsonl with frames/VIDEO/NAME.jpg and audio/o
 
     {"frames": ["frames/v1/v1_10.jpg", "frames/v1/v1_14.jpg"], "audio": "audio/q7.wav", "question": "Is the scope
      pushing forward?", "answer": "No, the scope is withdrawing.", "short_answer": "no", "video_id": "v1"}
+    {"video": "v1.mp4", "start": 12.5, "end": 16, …}                # instead of frames, all of it or a part, in seconds
 
 The model reads, in its own chat template:
 
@@ -34,10 +35,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import common
 from common import Prompt
-from inputs import data_check, images, layouts, numbered, questions, sound, videos
+from inputs import data_check, images, layouts, predict, prompts, questions, sound, videos
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, results, scoring
-from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, optimizers, program, ranks, shards
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
@@ -49,8 +50,10 @@ AUDIO_TOKENS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")  # Qwen2-Audio's;
 SAMPLES = 320  # of one audio position: a spectrum every 160 samples, of which the second convolution keeps every other
 # every projection of the language model
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# of --lr-projector, --lr-vision
+PARTS = {"projector": r"audio_projector\..*|model\.visual\.merger\..*", "vision": r"model\.visual\.(?!merger\.).*"}
 # flags of this script alone that a checkpoint is bound to, and a fingerprint of the encoder
-OWN_SETTINGS = ["question", "target", "frames", "frame_size", "audio_weights"]
+OWN_SETTINGS = ["question", "target", "frames", "frame_size", "system", "audio_weights"]
 # declared here, so that anybody can object: in a relaxed match a member counts as any other of its line
 SYNONYMS = [
     {"sigma", "sigmoid", "sigmoid colon"},
@@ -63,7 +66,7 @@ SYNONYMS = [
 
 
 def parse_arguments(argv):
-    parser = flags.shared(__doc__, lora_r=64, lora_alpha=16, questions_per_step=4)
+    parser = flags.shared(__doc__, parts=PARTS, lora_r=64, lora_alpha=16, questions_per_step=4)
     add = parser.add_argument_group("clips and recordings").add_argument
     what = "Whisper folder or hub ID, whose encoder is grafted on (default: none, or --model's own)"
     add("--audio-model", metavar="MODEL", help=what)
@@ -75,6 +78,7 @@ def parse_arguments(argv):
     add("--eval-frames", type=flags.positive, default=6, metavar="N", help="of a clip of val and test (default: 6)")
     what = "longer side of a frame, in pixels; larger ones are reduced (default: 384)"
     add("--frame-size", type=flags.positive, default=384, metavar="PX", help=what)
+    prompts.add_flag(parser, SYSTEM)
     parser.set_defaults(audio_weights=None)  # a checkpoint's fingerprint of the encoder that it was trained with
     return flags.parse(parser, argv)
 
@@ -82,7 +86,7 @@ def parse_arguments(argv):
 # ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
 FIELDS = {"id", "frames", "audio", "question", "answer", "short_answer", "question_type", "answer_candidates"}
-FIELDS |= {"group", "video_id", "frame_numbers", "total_frames"}
+FIELDS |= {"group", "video_id", "frame_numbers", "total_frames", "system", "video", "start", "end"}
 
 
 @dataclass(kw_only=True)
@@ -116,18 +120,26 @@ def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
         raise ValueError(f"no {args.target}; give one, or choose the other --target")
     fields = questions.fields({**composed, "answer": composed.get(args.target)})
     audio = [] if args.question == "text" else sound.recording(entry, required=args.question == "audio")
-    frames = videos.frames(entry)
+    split = split or split_of(group)
+    frames, notice = videos.clip(Path(args.media_root), entry, most_frames(args, split))
     return Clip(
         where=where,
-        split=split or split_of(group),
+        split=split,
         id=named(entry, "id", where),
         group=group,
+        groups=videos.groups(entry, group),
         media=[*frames, *audio],
-        notice=numbered.uneven(tuple(frames)),
+        system=named(entry, "system", ""),
+        notice=notice,
         audio=audio,
         also_right=[form for form in forms if form != fields["answer"]],  # the same answer in its other form
         **fields,  # question, answer, question_type, candidates
     )
+
+
+def most_frames(args, split: str) -> int:
+    """So many of a clip are seen: fewer of val and test, by default."""
+    return args.frames if split == "train" else args.eval_frames
 
 
 # ---- Data: examples -> tokens, pixels and sound ---------------------------------------------------------------------
@@ -170,7 +182,7 @@ class SurgTask(Task):
         The recording stands before the frames, as the checkpoints of this recipe were trained: a spoken question is in
         the prefix, a written one in the branch.
         """
-        text = common.conversation(self.tokenizer, self.messages(example), answer)
+        text = prompts.conversation(self.tokenizer, self.messages(example), answer, self.image_id)
         input_ids, labels = common.encode_supervised(self.tokenizer, text)
         cut = len(input_ids) - input_ids[::-1].index(self.image_id)
         counts = [self.images.tokens(size) for size in self.sizes(example)]
@@ -184,15 +196,14 @@ class SurgTask(Task):
         heard = [{"type": "text", "text": "".join(AUDIO_TOKENS)}] if example.audio else []
         frames = [{"type": "image"}] * len(self.frames(example))
         asked = SPOKEN if example.audio and self.args.question == "audio" else f"Question: {example.question}"
-        return [
-            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-            {"role": "user", "content": [*heard, *frames, {"type": "text", "text": asked}]},
-        ]
+        found = [{"role": "user", "content": [*heard, *frames, {"type": "text", "text": asked}]}]
+        system = self.system(example)
+        return [{"role": "system", "content": [{"type": "text", "text": system}]}, *found] if system else found
 
     def frames(self, example: Clip) -> list[str]:
-        """The frames of an example that the model sees: fewer of val and test, by default."""
-        count = self.args.frames if example.split == "train" else self.args.eval_frames
-        return [example.shown[i] for i in videos.evenly(len(example.shown), count)]
+        """The frames of an example that the model sees."""
+        most = most_frames(self.args, example.split)
+        return [example.shown[i] for i in videos.evenly(len(example.shown), most)]
 
     def media(self, example: Clip) -> list[str]:
         """What the model sees and hears of an example; those that agree in it share a prefix."""
@@ -232,7 +243,8 @@ class SurgTask(Task):
         """
         names = [name for tree in trees for name in tree.media]
         frames = [name for name in names if not sound.is_recording(name)]
-        media = self.images.read(data, frames, [self.measured[name]["size"] for name in frames])
+        changes = [self.change(tree) for tree in trees for name in tree.media if not sound.is_recording(name)]
+        media = self.images.read(data, frames, [self.measured[name]["size"] for name in frames], changes)
         recordings = [name for name in names if sound.is_recording(name)]
         if recordings:
             sounds = [sound.read(data, name, samples=self.measured[name][0]) for name in recordings]
@@ -318,6 +330,7 @@ def read_config(folder: Path, args):
     if args.audio_model and config.audio_config:
         raise SystemExit(f"--audio-model {args.audio_model}: {folder} already has an audio encoder; leave the flag out")
     if args.audio_model:
+        program.refuse_drawn(args, "the audio projector")
         config.audio_config = models.config(Path(args.audio_model), "whisper", flag="--audio-model").to_dict()
     args.question = args.question or ("audio" if config.audio_config else "text")
     if args.question != "text" and not config.audio_config:
@@ -378,19 +391,18 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(trained, args), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
-    steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
+    steps = run.steps(plan, start, task)  # of each step this rank's packed sequences
     run.stop.wait()  # from here on a signal is noted, and acted on once its step is saved
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == metrics.total
-        if val and metrics.validated < step and (last or step % args.eval_every == 0):
+        if val and metrics.validated < step and (step == metrics.total or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
-        if last:
+        if step == metrics.total:  # which --patience may just have made the last
             run.stop.act()
             metrics.close()
             return loss
@@ -418,7 +430,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         lr = learning_rate(step, len(plan), args)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics.step(step, trees, loss, grad_norm, lr)  # a line of metrics.jsonl, or of bad_steps.jsonl
@@ -445,6 +457,8 @@ def main(argv=None) -> None:
         task = SurgTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
+        if args.predict:  # of questions without answers
+            return predict.answer(read_examples, load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
@@ -462,14 +476,15 @@ def main(argv=None) -> None:
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)
+            checkpoints.choose_answering(run, model.vlm)  # that of the lowest validation loss: --answer-with
             models.write_final(load_model, folder, task, run)
         # ---- answer ----
-        asked, prompts = examples[args.eval_split], trees[args.eval_split]
+        asked, asked_trees = examples[args.eval_split], trees[args.eval_split]
         if not asked:
             return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's images: into RUN/blind
-            asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
-        records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
+            asked, asked_trees, task, run = blind.prepare(asked, asked_trees, task, run)
+        records = common.evaluate(model, asked_trees, asked, task, run)  # one for each example, answered or not
         figures = results.finish(records, asked, examples["train"], task, run)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

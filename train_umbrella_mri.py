@@ -37,11 +37,11 @@ from transformers import LlavaForConditionalGeneration
 
 import common
 from common import Prompt
-from inputs import data_check, labels, layouts, questions, volumes
+from inputs import data_check, labels, layouts, predict, questions, volumes
 from inputs.task import Example, Problem, Task, choose, collect
 from inputs.volumes import Modality, Volume
 from report import blind, results
-from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, optimizers, program, ranks, shards
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
 
@@ -49,6 +49,8 @@ from runtime.metrics import Metrics
 
 IMAGE = "<image>"
 EMBEDDING_PATTERN = r"patch_embed\..*"
+# of --lr-projector, --lr-vision
+PARTS = {"projector": r"model\.multi_modal_projector\..*", "vision": rf"{EMBEDDING_PATTERN}|model\.vision_tower\..*"}
 # every projection of the language model and none of the vision tower, whose layers have q_proj and v_proj too
 LORA_PATTERN = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # what a checkpoint is bound to: how volumes are read, which were shown, and in which words labels are ranked
@@ -57,7 +59,7 @@ OWN_SETTINGS = [*volumes.SETTINGS, "supervise", "embedded", "worded"]
 
 def parse_arguments(argv):
     tunings = {"embedding": "the patch embeddings alone", "embedding+lora": "and adapters in the language model"}
-    parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, decode="ranked")
+    parser = flags.shared(__doc__, tunings | {"full": "every parameter"}, PARTS, decode="ranked")
     add, yes_no = parser.add_argument_group("volumes and conversations").add_argument, argparse.BooleanOptionalAction
     what = f"a kind of volume, in voxels, also with :CHANNELS; repeatable (default: {' '.join(volumes.DEFAULT)})"
     add("--modality", action="append", metavar="NAME:SIZE:PATCH", help=what)
@@ -101,7 +103,8 @@ def read_examples(data: Path, args) -> tuple[list[Turn], list[Problem]]:
     """All examples of the folder, UMBRELLA's or plain questions, and the ones that cannot be used."""
     entries = layouts.umbrella(data, Path(args.media_root), args.supervise)
     examples, problems = collect(entries, partial(make_example, args))
-    labels.refuse_unused(args.task_labels, examples)
+    if not args.predict:  # whose lines may be about one task of several
+        labels.refuse_unused(args.task_labels, examples)
     # which label each answer names, and each label's candidate: from all examples, so before --limit chooses
     unnamed, args.worded = labels.settle(examples, args.worded)
     examples, problems = choose(examples, problems + unnamed, args)
@@ -201,12 +204,12 @@ class UmbrellaTask(Task):
 
         "volumes of T1" are those of T1, in the same order, (n, channels, x, y, z), and so on for each that is there.
         """
-        listed, found = [volume for tree in trees for volume in tree.media], defaultdict(list)
-        for volume in listed:
+        listed, found = [(volume, self.change(tree)) for tree in trees for volume in tree.media], defaultdict(list)
+        for volume, change in listed:
             voxels = volumes.read(data, volume, self.modalities[volume.modality], self.args)
-            found[f"volumes of {volume.modality}"].append(voxels)
+            found[f"volumes of {volume.modality}"].append(volumes.turned(voxels, change))
         stacked = {name: torch.stack(parts) for name, parts in found.items()}
-        return {"modalities": [volume.modality for volume in listed], **stacked}
+        return {"modalities": [volume.modality for volume, _ in listed], **stacked}
 
     # ---- for blind runs ----
 
@@ -227,9 +230,13 @@ def read_config(folder: Path):
 
 
 def adopt_volumes(folder: Path, config, args) -> None:
-    """Take from a model that this script saved how its volumes were read: its embeddings were trained on that."""
+    """Take from a model that this script saved how its volumes were read, and for answering its words for labels."""
     saved = dict(getattr(config, "volumes", None) or {})
+    if not saved:
+        program.refuse_drawn(args, "patch embeddings")
     args.embedded = sorted({*args.embedded, *saved.pop("embedded", [])})
+    worded = saved.pop("worded", {})
+    args.worded = args.worded or (worded if args.eval_only else {})
     flags.adopt(args, saved, folder)
 
 
@@ -321,7 +328,7 @@ def replace_embeddings(vlm: LlavaForConditionalGeneration, args) -> None:
     width = vlm.config.vision_config.hidden_size  # 1152 for SigLIP so400m
     modalities = volumes.modalities(args)
     vlm.patch_embed = nn.ModuleDict({name: PatchEmbed(m, args.ragged, width) for name, m in modalities.items()})
-    vlm.config.volumes = {name: getattr(args, name) for name in (*volumes.SETTINGS, "embedded")}
+    vlm.config.volumes = {name: getattr(args, name) for name in (*volumes.SETTINGS, "embedded", "worded")}
 
 
 def choose_trained(vlm: LlavaForConditionalGeneration, args) -> None:
@@ -371,19 +378,18 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(trained, args), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
-    steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
+    steps = run.steps(plan, start, task)  # of each step this rank's packed sequences
     run.stop.wait()  # from here on a signal is noted, and acted on once its step is saved
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == metrics.total
-        if val and metrics.validated < step and (last or step % args.eval_every == 0):
+        if val and metrics.validated < step and (step == metrics.total or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
-        if last:
+        if step == metrics.total:  # which --patience may just have made the last
             run.stop.act()
             metrics.close()
             return loss
@@ -411,7 +417,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         lr = learning_rate(step, len(plan), args)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics.step(step, trees, loss, grad_norm, lr)  # a line of metrics.jsonl, or of bad_steps.jsonl
@@ -438,6 +444,8 @@ def main(argv=None) -> None:
         task = UmbrellaTask(folder, args)
         if args.merge:
             return models.merge(load_model, folder, task, run)
+        if args.predict:  # of questions without answers
+            return predict.answer(read_examples, load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
@@ -455,14 +463,15 @@ def main(argv=None) -> None:
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)
+            checkpoints.choose_answering(run, model.vlm)  # that of the lowest validation loss: --answer-with
             models.write_final(load_model, folder, task, run)
         # ---- answer ----
-        asked, prompts = examples[args.eval_split], trees[args.eval_split]
+        asked, asked_trees = examples[args.eval_split], trees[args.eval_split]
         if not asked:
             return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another subject's volumes: into RUN/blind
-            asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
-        records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
+            asked, asked_trees, task, run = blind.prepare(asked, asked_trees, task, run)
+        records = common.evaluate(model, asked_trees, asked, task, run)  # one for each example, answered or not
         figures = results.finish(records, asked, examples["train"], task, run)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

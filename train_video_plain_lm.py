@@ -1,10 +1,12 @@
 """Train the smallest complete video-language model: a causal language model that reads DINOv2's features.
 
 An example, one entry of DATA/train.json in LLaVA's layout (also val.json, test.json; paths are relative to DATA), or a
-line of DATA/train.jsonl. A video is a folder of JPEG or PNG frames, an animated GIF, WebP or PNG, or a .npy array:
+line of DATA/train.jsonl. A video is an mp4, avi, mov, webm or mkv, a folder of JPEG or PNG frames, an animated GIF,
+WebP or PNG, or a .npy array:
 
     {"id": "v7", "video": "videos/v7", "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", …}]}
     {"id": "v7", "video": "videos/v7.gif", "answer": "Un'ellisse gialla va all'insù."}    # "question": optional
+    {"id": "v8", "video": "videos/v8.mp4", "start": 2, "end": 4.5, "answer": "…"}         # a part of it, in seconds
     {"id": "t3", "answer": "Il contrario di destra è sinistra."}                          # a text without a video
 
 There is no chat format. The model reads all of this; supervised are the text and the end token alone:
@@ -36,11 +38,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import common
 from common import Prompt
-from inputs import data_check, layouts, processors, questions, videos
+from inputs import data_check, layouts, predict, processors, questions, videos
 from inputs.features import Cache, Video
 from inputs.task import Example, Problem, Task, choose, collect, named, split_of
 from report import blind, captions, results, scoring
-from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, program, ranks, shards
+from runtime import EXIT_NOT_FINITE, EXIT_STOPPED, Run, checkpoints, flags, models, optimizers, program, ranks, shards
 from runtime.attention import heeds_mask
 from runtime.batches import Unreadable
 from runtime.metrics import Metrics
@@ -53,6 +55,7 @@ SLOW_START, SLOW_END = "<slow_vid_start>", "<slow_vid_end>"
 VIDEO_TOKENS = (VID_START, VID_PATCH, VID_END, SLOW_START, SLOW_END)
 GRAFTED = ("vision_tower.", "projector.", "fast_packer.", "slow_packer.")  # what the language model is given
 NEW_PATTERN = r"(projector|fast_packer|slow_packer)\..*"
+PARTS = {"projector": NEW_PATTERN}  # of --lr-projector
 # the projections as Llama, Mistral and Qwen name them; what is adapted is printed. GPT-2's are no nn.Linear
 LORA_PATTERN = r"(?!vision_tower\.).*\.([qkvo]_proj|(gate|up|down)_proj)"
 LAYOUT = ["fast_frames", "slow_frames", "fast_grid", "slow_grid", "packer", "image_fit"]  # a model is bound to it
@@ -65,7 +68,7 @@ def parse_arguments(argv):
         "lora": "adapters in the language model (not GPT-2), projector, packers",
         "projector": "projector, packers",
     }
-    parser = flags.shared(__doc__, tunings, model="openai-community/gpt2")
+    parser = flags.shared(__doc__, tunings, PARTS, model="openai-community/gpt2")
     add = parser.add_argument_group("language model, tower and videos").add_argument
     what = "DINOv2 folder or hub ID (default: facebook/dinov2-large; a trained --model has one)"
     add("--vision-model", metavar="MODEL", help=what)
@@ -82,6 +85,8 @@ def parse_arguments(argv):
     processors.add_flag(parser)
     parser.set_defaults(vision_weights=None)
     args = flags.parse(parser, argv)
+    if args.augment and args.cache_features:
+        parser.error("--augment with --cache-features: what is kept is of unchanged videos; give one of the two")
     if args.from_scratch and args.tune != "full":
         parser.error(f"--from-scratch with --tune {args.tune}: a random language model would stay random")
     return args
@@ -89,14 +94,14 @@ def parse_arguments(argv):
 
 # ---- Data: files -> examples ----------------------------------------------------------------------------------------
 
-FIELDS = {"video", "image", *layouts.FIELDS}
+FIELDS = {"video", "start", "end", "image", *layouts.FIELDS}
 
 
 @dataclass(kw_only=True)
 class Clip(Example):
     """A text, and the video that it is about, if any."""
 
-    frames: int | None  # how many its folder holds, of which `media` are those chosen; of a file they are counted later
+    frames: int | None  # how many it has, of which `media` are those chosen; of GIF and the like counted later
 
 
 def read_examples(data: Path, args) -> tuple[list[Clip], list[Problem]]:
@@ -108,9 +113,9 @@ def read_examples(data: Path, args) -> tuple[list[Clip], list[Problem]]:
 def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
     """The example of an entry. Raises ValueError saying what is wrong with it, and what to do."""
     video, name = named(entry, "video", None), named(entry, "id", where)
-    data = Path(args.media_root)
-    shown = videos.find(data, video, args.fast_frames, args.slow_frames) if video else ([], None, None)
-    group = named(entry, "group", video or name)  # videos of one procedure or patient; else the video
+    data, part = Path(args.media_root), videos.part(entry)
+    shown = videos.find(data, video, args.fast_frames, args.slow_frames, part) if video else ([], None, None)
+    group = named(entry, "group", video or where)  # videos of one procedure or patient; else the video
     entry = questions.composed(entry)  # é is one character or two: one, so that a word has one spelling
     before = [text for turn in entry.get("history") or [] for text in turn]  # earlier turns are read, too
     question = "\n".join(filter(None, [*before, named(entry, "question", "").strip()]))
@@ -119,7 +124,8 @@ def make_example(args, where: str, split: str | None, entry: dict) -> Clip:
         split=split or split_of(group),
         id=name,
         group=group,
-        media=shown[0],  # of a folder the frames that are read
+        groups=videos.groups(entry, group),
+        media=shown[0],  # of a folder or a video file the frames that are read
         frames=shown[1],
         notice=shown[2],
         **questions.fields({**entry, "question": question}, unasked="caption" if video else "text"),
@@ -194,7 +200,8 @@ class VideoTask(Task):
 
     def read_media(self, data: Path, trees: list[Prompt]) -> dict:
         """{"videos": of each prompt tree that shows one its pixels, or its features from the cache, in this order}"""
-        return {"videos": [self.cache.read(data, tree.media, self.measured) for tree in trees if tree.media]}
+        shown = [(tree.media, self.change(tree)) for tree in trees if tree.media]
+        return {"videos": [self.cache.read(data, media, self.measured, change) for media, change in shown]}
 
     def score(self, prediction: str | None, example: Clip) -> dict[str, bool]:
         """A caption is compared word for word, an answer to a question as any other."""
@@ -323,6 +330,7 @@ def read_config(folder: Path, args):
         return config
     if hasattr(config, "vision_config"):
         raise SystemExit(f"--model {folder}: {config.model_type!r} is a vision-language model already")
+    program.refuse_drawn(args, "projector and packers")
     kinds = "dinov2", "dinov2_with_registers"
     config.vision_config = models.config(Path(args.vision_model), kinds, "give it as --vision-model").to_dict()
     return config
@@ -382,19 +390,18 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
     """Steps start+1 … len(plan), the same however often the run was stopped between; returns the last loss."""
     args = run.args
     trained = {name: p for name, p in model.vlm.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(models.decay_matrices(trained, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(optimizers.parameter_groups(trained, args), lr=args.lr)
     save = checkpoints.Saver(run, start, model.vlm, optimizer, trained)  # and the optimizer's state as of `start`
     metrics = Metrics(run, start, len(plan))
-    steps = run.steps(plan[start:], task)  # of each step this rank's packed sequences
+    steps = run.steps(plan, start, task)  # of each step this rank's packed sequences
     run.stop.wait()  # from here on a signal is noted, and acted on once its step is saved
     step, loss = start, math.nan
     while True:
         # ---- validate: whatever is due is saved already, so here a signal may end the run at once ----
-        last = step == metrics.total
-        if val and metrics.validated < step and (last or step % args.eval_every == 0):
+        if val and metrics.validated < step and (step == metrics.total or step % args.eval_every == 0):
             with run.interruptible():
                 metrics.write(step=step, val_loss=common.mean_loss(model, val, task, run))
-        if last:
+        if step == metrics.total:  # which --patience may just have made the last
             run.stop.act()
             metrics.close()
             return loss
@@ -422,7 +429,7 @@ def train(model: nn.Module, plan: list[list[Prompt]], start: int, val: list[Prom
         lr = learning_rate(step, len(plan), args)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics.step(step, trees, loss, grad_norm, lr)  # a line of metrics.jsonl, or of bad_steps.jsonl
@@ -450,6 +457,8 @@ def main(argv=None) -> None:
         run.closing.callback(task.cache.close)  # says how many of its entries were damaged
         if args.merge:
             return models.merge(load_model, folder, task, run)
+        if args.predict:  # of questions without answers
+            return predict.answer(read_examples, load_model, folder, task, run)
         if args.data:  # --check without it looks at the checkpoint alone
             examples, trees = data_check.check(*read_examples(Path(args.data), args), task, run)
         if args.check:
@@ -468,15 +477,16 @@ def main(argv=None) -> None:
             if start == 0 and trees["val"]:  # a broken evaluation fails now, not after an epoch
                 print(f"loss before training: {common.mean_loss(model, trees['val'][:2], task, run):.4f}")
             loss = train(model, plan, start, trees["val"], task, run)
+            checkpoints.choose_answering(run, model.vlm)  # that of the lowest validation loss: --answer-with
             models.write_final(load_model, folder, task, run)
         # ---- answer ----
-        asked, prompts = examples[args.eval_split], trees[args.eval_split]
+        asked, asked_trees = examples[args.eval_split], trees[args.eval_split]
         if not asked:
             return print(f"--eval-split {args.eval_split}: no examples, so nothing was answered")
         if args.blind:  # with nothing to see, or another group's videos: into RUN/blind
-            asked, prompts, task, run = blind.prepare(asked, prompts, task, run)
-        records = common.evaluate(model, prompts, asked, task, run)  # one for each example, answered or not
-        own = partial(captions.figures, model, prompts, records, task, run)  # perplexity, retrieval, BLEU, ROUGE-L
+            asked, asked_trees, task, run = blind.prepare(asked, asked_trees, task, run)
+        records = common.evaluate(model, asked_trees, asked, task, run)  # one for each example, answered or not
+        own = partial(captions.figures, model, asked_trees, records, task, run)  # perplexity, retrieval, BLEU, ROUGE-L
         figures = results.finish(records, asked, examples["train"], task, run, own)  # baselines, intervals, the page
         if args.overfit:
             data_check.overfit(loss, figures)  # exit code 1 unless every answer is right

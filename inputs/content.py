@@ -1,7 +1,4 @@
-"""What a file shows, as a SHA-256 of what was decoded: the same whatever its name, container, header and compression.
-
-Task.measure gives it of each file; the data check finds by it what two splits share.
-"""
+"""What a file shows, as a SHA-256 of what was decoded: the same whatever its name, container and compression."""
 
 import hashlib
 

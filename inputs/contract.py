@@ -13,20 +13,21 @@ reads nothing of the script but its Task and its model. It says of each point wh
     merged      --merge writes a folder that opens again, with the same logits
 """
 
-import hashlib
 import io
 import runpy
 import sys
 import tempfile
 import traceback
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 
-from inputs import data_check, own_forward
+from inputs import data_check, own_forward, show
+from inputs.features import digest_of
 from inputs.task import Task
 from runtime import models, shards
 
@@ -34,6 +35,7 @@ MUST_GIVE = ("encode", "placeholders", "measure", "read_media")
 FEW = 8  # examples that are trained on
 CLOSE = 1e-5  # relative difference of losses and logits in float32
 GRADIENTS = 1e-3  # and of gradients, which sum up more rounding
+PLACES = {"check": data_check, "place": shards, "write_final": models, "count": models}  # where calls are watched
 FLAGS = f"--limit {FEW} --questions-per-step {FEW} --epochs 3 --max-steps 3 --dtype fp32 --workers 0".split()
 
 
@@ -69,14 +71,21 @@ class Contract:
 
     def task_and_data(self) -> None:
         def check(original, examples, problems, task, run):
-            self.refuse_task(task)
+            kind = type(task).__name__
+            missing = [name for name in MUST_GIVE if not hasattr(task, name)]
+            if not isinstance(task, Task) or missing:
+                raise Broken("task", f"{kind} does not give {', '.join(missing) or 'a Task'}; see inputs/task.py")
+            self.say("task", f"{kind} gives {', '.join(MUST_GIVE)}")
             return self.keep_data(original, examples, problems, task, run)
 
         self.start("data", ["--check", "--out", self.folder / "check"], check=check)
         number = sum(map(len, self.seen.examples.values()))
         self.say("data", f"the data check passes: {number} examples")
         splits = [split for split in ("test", "val", "train") if self.seen.examples[split]]
-        (self.folder / "ids").write_text("\n".join(self.chosen()) + "\n")
+        # of each kind one (such as the same modalities), then two of each tree
+        kinds = {self.seen.task.kind(e): e.id for e in reversed(self.seen.examples["train"])}
+        pairs = [name for tree in self.seen.trees["train"][:FEW] for name in tree.ids[:2]]
+        (self.folder / "ids").write_text("\n".join(list(dict.fromkeys([*kinds.values(), *pairs]))[:FEW]) + "\n")
         self.run_flags = [*FLAGS, "--no-report", "--only-ids", self.folder / "ids", "--eval-split", splits[0]]
         self.run_flags += ["--out", self.folder / "run"]
 
@@ -115,24 +124,18 @@ class Contract:
         again = ["--model", target, "--check", "--out", self.folder / "again"]
         self.start("merged", again, own_flags=[], count=count)
 
-    # ---- the points ----
-
-    def refuse_task(self, task: Task) -> None:
-        """Broken unless the task gives all that a script must give."""
-        kind = type(task).__name__
-        missing = [name for name in MUST_GIVE if not hasattr(task, name)]
-        if not isinstance(task, Task) or missing:
-            raise Broken("task", f"{kind} does not give {', '.join(missing) or 'a Task'}; see inputs/task.py")
-        self.say("task", f"{kind} gives {', '.join(MUST_GIVE)}")
-
     def compare_loss(self) -> None:
         seen, by_id = self.seen, {example.id: example for example in self.seen.examples["train"]}
-        tree = next((tree for tree in seen.trees["train"] if tree.media), seen.trees["train"][0])
-        ours, own, grafted = own_forward.losses(seen.model, tree, seen.task, by_id[tree.ids[0]], seen.run)
-        name = type(seen.model.vlm).__name__
-        if not abs(ours - own) <= CLOSE * max(1.0, abs(own)):
-            text = f"loss differs from the model's own forward: {ours:.6f}, {name}.forward of transformers {own:.6f}. "
-            raise Broken("loss", text + "Compare `hidden` with it: positions, masks, features, or what else")
+        name, kinds = type(seen.model.vlm).__name__, {}  # of each kind one, texts alone first
+        for tree in sorted(seen.trees["train"], key=lambda tree: bool(tree.media)):
+            kinds.setdefault((bool(tree.media), seen.task.kind(by_id[tree.ids[0]])), tree)
+        for tree in kinds.values():
+            ours, own, grafted = own_forward.losses(seen.model, tree, seen.task, by_id[tree.ids[0]], seen.run)
+            if not abs(ours - own) <= CLOSE * max(1.0, abs(own)):
+                text = "loss differs from the model's own forward"
+                text += f": {ours:.6f}, {name}.forward of transformers {own:.6f}"
+                advice = "Compare `hidden` with it: positions, masks, features, or what else"
+                raise Broken("loss", f"{text} (example {tree.ids[0]}). {advice}")
         text = f"{ours:.6f}, that of {name}.forward ({own:.6f})"
         self.say("loss", text + (f", the features at {', '.join(grafted)} being the script's own" if grafted else ""))
 
@@ -149,9 +152,11 @@ class Contract:
         trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad}
         changed = {name for name in after if after[name] != self.before[name]}
         if changed - trained:
-            raise Broken("training", f"a step changes what is frozen: {some_of(changed - trained)}")
+            raise Broken(
+                "training", f"a step changes what is frozen: {show.shorten(', '.join(sorted(changed - trained)))}"
+            )
         if trained - changed:
-            text = f"trained, but three steps do not change it: {some_of(trained - changed)}"
+            text = f"trained, but three steps do not change it: {show.shorten(', '.join(sorted(trained - changed)))}"
             raise Broken("training", f"{text}. The model does not read it, or it is cut off from the loss")
         frozen = len(after) - len(trained)
         self.say("training", f"steps change all {len(trained)} trained tensors, and none of {frozen} others")
@@ -162,18 +167,10 @@ class Contract:
             raise Broken(point, f"{text}, but its logits differ from those of the trained model by {difference:.1e}")
         self.say(point, f"{text} with the same logits (to {difference:.0e})")
 
-    # ---- what they need ----
-
     def keep_data(self, original, examples, problems, task, run) -> tuple[dict, dict]:
         self.seen.task = task
         self.seen.examples, self.seen.trees = original(examples, problems, task, run)
         return self.seen.examples, self.seen.trees
-
-    def chosen(self) -> list[str]:
-        """IDs of a few training examples: of each kind one (such as the same modalities), then two of each tree."""
-        kinds = {self.seen.task.kind(e): e.id for e in reversed(self.seen.examples["train"])}
-        pairs = [name for tree in self.seen.trees["train"][:FEW] for name in tree.ids[:2]]
-        return list(dict.fromkeys([*kinds.values(), *pairs]))[:FEW]
 
     def read_logits(self, model) -> torch.Tensor:
         return own_forward.logits(model, self.seen.trees["train"][:3], self.seen.task, self.seen.run)
@@ -181,10 +178,11 @@ class Contract:
     def start(self, point: str, flags: list, own_flags: list[str] | None = None, **watched) -> None:
         """The script as a user starts it; `watched` see calls of shared functions, and are given the original."""
         argv = [str(flag) for flag in [*(self.flags if own_flags is None else own_flags), *flags]]
-        log, called = io.StringIO(), set()
+        log, calls = io.StringIO(), {}
         with ExitStack() as stack:
             for name, function in watched.items():
-                stack.enter_context(watching(name, function, called))
+                instead = partial(function, getattr(PLACES[name], name))
+                calls[name] = stack.enter_context(patch.object(PLACES[name], name, side_effect=instead))
             stack.enter_context(patch.object(sys, "argv", [str(self.script), *argv]))
             stack.enter_context(redirect_stdout(log))
             stack.enter_context(redirect_stderr(log))
@@ -197,33 +195,13 @@ class Contract:
                     raise Broken(point, f"{' '.join(argv)}\n{log.getvalue()[-3000:]}\n{end.code}") from None
             except Exception:
                 raise Broken(point, f"{' '.join(argv)}\n{traceback.format_exc()}") from None
-        for name in watched.keys() - called:
+        for name in [name for name, seen in calls.items() if not seen.called]:
             raise Broken(point, f"main() does not call {PLACES[name].__name__}.{name}, as every script does")
 
 
-PLACES = {"check": data_check, "place": shards, "write_final": models, "count": models}
-
-
-def watching(name: str, function, called: set):
-    """Within, a shared function is function(original, *args), and its name is in `called` once it was called."""
-    original = getattr(PLACES[name], name)
-
-    def seen(*args, **kwargs):
-        called.add(name)
-        return function(original, *args, **kwargs)
-
-    return patch.object(PLACES[name], name, seen)
-
-
 def digests(module: torch.nn.Module) -> dict[str, str]:
-    """A digest of every parameter and buffer."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    raw = {name: tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for name, tensor in tensors}
-    return {name: hashlib.sha256(data.tobytes()).hexdigest() for name, data in raw.items()}
-
-
-def some_of(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return {name: digest_of(name, {"": tensor.detach()}) for name, tensor in tensors}
 
 
 def main(argv: list[str]) -> None:

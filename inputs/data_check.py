@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
-from inputs import images, prompts, show, sound
+from inputs import images, prompts, show, sound, videos
 from inputs.files import SPLITS, file_sha256
 from inputs.task import Example, Problem, Task
 from report import audit, leakage, scoring
 from runtime import ranks
 from runtime.files import fingerprint, progress, write_json
-from runtime.show import coloured
 
 
 def check(examples: list[Example], problems: list[Problem], task: Task, run) -> tuple[dict, dict]:
@@ -60,7 +59,7 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     trained = sorted({name for example in splits["train"] for name in example.media})
     run.same["media"] = fingerprint((name, digests[name]) for name in trained)
     if args.check:
-        show.print_tokens(**result["example"], paint=coloured)
+        show.print_tokens(**result["example"])
         print("check passed")
     return splits, trees
 
@@ -90,7 +89,7 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
     problems, first = [], {}
     for example in examples:
         broken = [seen[name][0] for name in example.media if seen[name][0]]
-        shared = [("group", group, group) for group in example.groups]
+        shared = [("video file" if videos.in_file(group) else "group", group, group) for group in example.groups]
         shared += [("file", name, seen[name][2]) for name in example.shown]
         for what, name, key in shared if not broken else []:
             other, same = first.setdefault((what, key), (example, name))
@@ -221,6 +220,8 @@ def refuse_empty(known: set, splits: dict, args) -> None:
     for split in known - {None}:
         if not splits[split]:
             raise SystemExit(f"--skip-bad would leave out all of {split}; fix its examples")
+    if not args.eval_only and args.patience and not splits["val"]:
+        raise SystemExit("--patience counts validations, but there are no examples of val; leave it out, or add some")
     if not splits[args.eval_split]:
         others = " and ".join(split for split in SPLITS if splits[split])
         text = f"--eval-split {args.eval_split}: the data has no such examples, only of {others}"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from inputs import videos
+from inputs import images, videos
 from inputs.videos import Media
 
 
@@ -47,7 +47,7 @@ class Cache:
             config = {name: value for name, value in tower.config.to_dict().items() if name != "transformers_version"}
             self.tower = digest_of(json.dumps(config, sort_keys=True), tower.state_dict())
 
-    def read(self, data: Path, media: Media, measured: dict) -> Video:
+    def read(self, data: Path, media: Media, measured: dict, change: tuple | None) -> Video:
         """Raises ValueError where the video is no longer what was measured of it."""
         contents, path, damaged = [measured[name]["sha256"] for name in media.files], None, False
         if self.folder:
@@ -55,7 +55,7 @@ class Cache:
             found, damaged = read_features(path)
             if found is not None:
                 return Video(media.fast, media.slow, None, found, path)
-        pictures = videos.read(data, media, contents if self.folder else None)
+        pictures = [images.augmented(p, change) for p in videos.read(data, media, contents if self.folder else None)]
         pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
         return Video(media.fast, media.slow, pixels, None, path, damaged)
 
@@ -73,10 +73,7 @@ class Cache:
             print(f"--cache-features {self.folder}: {text}, such as {min(self.rewritten)}", file=sys.stderr)
 
     def path(self, contents: list[str], frames: list[int]) -> Path:
-        """The file of a video's features, named by all that they depend on: what has changed is looked for elsewhere.
-
-        That is the tower, the image processor, the bytes of the video, and which of its frames are read.
-        """
+        """The file of a video's features, named by the tower, the image processor, the video's bytes and its frames."""
         key = json.dumps([self.tower, self.processor.to_dict(), contents, frames])
         key = hashlib.sha256(key.encode()).hexdigest()
         return Path(self.folder) / key[:2] / f"{key}.safetensors"
@@ -92,10 +89,7 @@ def digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_features(path: Path) -> tuple[torch.Tensor | None, bool]:
-    """(frames, patches, width of the tower), or None: then with whether there is a file, but not as it was written.
-
-    An entry carries a digest of the features and, in its name, of all that they depend on.
-    """
+    """(frames, patches, width of the tower), or None: then with whether there is a file, but not as it was written."""
     try:
         with safe_open(path, "pt") as file:
             found, carried = file.get_tensor("features"), (file.metadata() or {}).get("sha256")

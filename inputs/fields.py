@@ -76,7 +76,7 @@ def one_name(name: str, value) -> str:
 
 def refuse(data: Path, name: str, value, known: frozenset[str], entry: dict) -> None:
     """Raise ValueError where a field that is not known may not be left out."""
-    meant = next((field for field in alike(name, known) if field not in entry), None)
+    meant = next((f for f in alike(name, known) if f not in entry and not SEGMENT.fullmatch(f)), None)  # state, start
     if meant:
         raise ValueError(f"unknown field {name!r}; did you mean {meant!r}?")
     last, said = parts(name)[-1], list(texts(value))

@@ -9,6 +9,7 @@ import unicodedata
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -19,10 +20,18 @@ from inputs.task import SPLITS
 SPLIT_NAMES = {"train": "train", "val": "val", "test": "test", "training": "train", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "dev", "eval"), "val")
 READ = (".jsonl", ".json", ".csv")
+# a frame of a video file, by its time in seconds
+FRAME = re.compile(r"(.+\.(?:mp4|mov|avi|webm|mkv))#t=(\d+\.\d{3})", re.IGNORECASE | re.DOTALL)
+HASHING = Lock()
 
 
 def data_files(data: Path) -> dict[str | None, Path]:
-    """{split: its file} of a data folder, or {None: its only file}, to be divided by split_of. Ends where neither."""
+    """{split: its file} of a data folder, or {None: its only file}, to be divided by split_of. Ends where neither.
+
+    Of a file instead of a folder all is to be answered: {"test": data}.
+    """
+    if data.is_file():
+        return {"test": data}
     if not data.is_dir():
         raise SystemExit(f"--data {data}: no such folder")
     kinds = r"[^.].*\.(jsonl?|csv|tsv|parquet|arrow|ya?ml)(\.gz|\.zip|\.zst|\.xz)?"  # whether read or not
@@ -47,11 +56,11 @@ def data_files(data: Path) -> dict[str | None, Path]:
     return {split: files[split] for split in SPLITS if split in files}
 
 
-# ---- paths ----
-
-
 def inside(media: Path, name: str) -> Path:
-    """media/name, wherever links lead from there. Raises ValueError where it is no file, or named from elsewhere."""
+    """media/name, wherever links lead from there; of a frame the video file. Raises ValueError where it is no file, or
+    named from elsewhere.
+    """
+    name = FRAME.fullmatch(name)[1] if FRAME.fullmatch(name) else name
     if os.path.isabs(name) or ".." in Path(name).parts:
         text = "leads outside the data folder; link the file into it, or name its folder with --media-root"
         raise ValueError(f"{name} {text}")
@@ -112,9 +121,6 @@ def listed(data: Path, name: str) -> list[str] | None:
     return None
 
 
-# ---- arrays and bytes ----
-
-
 def array_header(file, length: int) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, type) of a .npy file, from its header. Raises ValueError where the file has another length."""
     first = np.lib.format.read_magic(file) == (1, 0)
@@ -129,9 +135,23 @@ def array_header(file, length: int) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def file_sha256(data: Path, name: str) -> str:
-    """The SHA-256 of a file of the data folder. Raises ValueError where it cannot be read."""
+    """The SHA-256 of a file of the data folder; of a frame its video file's, with the time. Raises ValueError where it
+    cannot be read.
+    """
+    path, frame = inside(data, name), FRAME.fullmatch(name)
     try:
-        with inside(data, name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if not frame:
+            return sha256_of(path)
+        state = path.stat()
+        with HASHING:  # the threads of its other frames wait
+            return f"{of_video(path, state.st_size, state.st_mtime_ns)}#t={frame[2]}"
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
+
+
+def sha256_of(path: Path, *state) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+of_video = lru_cache(10_000)(sha256_of)  # once, and not for each of its frames, while its state is the same

@@ -14,7 +14,7 @@ from pathlib import Path
 from inputs import fields, sound, turns, videos
 from inputs.files import SPLIT_NAMES, SPLITS, data_files, first_existing
 from inputs.task import Problem
-from inputs.texts import read_csv, read_json, read_jsonl, read_text, tidy
+from inputs.texts import read_csv, read_json, read_jsonl, read_list, read_text, tidy
 
 # ---- JSON lines, JSON lists, CSV, LLaVA's conversations ----
 
@@ -37,8 +37,10 @@ def files(data: Path, media: Path, known: set[str] | None):
 
 
 def file_entries(path: Path, split: str | None, media: Path, known: set[str] | None):
-    """The entries of one file, each as read_entry makes it."""
-    return each(raw_entries(path, split), partial(read_entry, media, known))
+    """The entries of one file: JSON lines, a JSON list, or CSV with a header, each as read_entry makes it."""
+    found, problems = {".json": read_list, ".csv": read_csv}.get(path.suffix, read_jsonl)(path)
+    found = [*((problem.where, problem) for problem in problems), *found]
+    return each(((where, split, entry) for where, entry in found), partial(read_entry, media, known))
 
 
 def read_entry(media: Path, known: set[str] | None, where: str, split: str | None, entry: dict):
@@ -47,26 +49,6 @@ def read_entry(media: Path, known: set[str] | None, where: str, split: str | Non
         if not isinstance(entry.get(name), list | None):
             raise ValueError(f"{name} must be a list of turns: {entry[name]!r}")
     yield where, *fields.read(media, split, turns.messages(tidy(media, entry)), known)
-
-
-def raw_entries(path: Path, split: str | None):
-    """The entries of one file: JSON lines, a JSON list, or CSV with a header."""
-    if path.suffix != ".json":
-        entries, problems = (read_csv if path.suffix == ".csv" else read_jsonl)(path)
-        yield from ((problem.where, split, problem) for problem in problems)
-        yield from ((where, split, entry) for where, entry in entries)
-        return
-    try:
-        entries = read_json(path)
-        if not isinstance(entries, list) or not entries:
-            raise ValueError("not a JSON list of examples; fix the file")
-    except ValueError as error:
-        yield path.name, split, Problem(path.name, None, str(error), fatal=True)
-        return
-    for i, entry in enumerate(entries):
-        where = f"{path.name}[{i}]"
-        fault = Problem(where, None, "not a JSON object; fix the file")
-        yield where, split, entry if isinstance(entry, dict) else fault
 
 
 def each(entries, take_apart: Callable):
@@ -123,8 +105,7 @@ def endovis(data: Path, media: Path, choice: str | None):
             frame = path.stem.removesuffix("_QA")
             # the left camera's frames; right_fr and labels hold files of the same name
             near = [f"seq_{number}/{camera}{frame}" for camera in ("left_fr/", "", "vqa/")]
-            places = [f"{place}.{ending}" for place in near for ending in ("png", "jpg")]
-            image = first_existing(media, places)
+            image = with_suffix(media, near, (".png", ".jpg"))
             try:
                 lines = read_text(path).splitlines()
                 if not lines:
@@ -148,8 +129,9 @@ SURGVIVQA += [rf"{wording}_(template|\d+-\d+)\.jsonl" for wording in ("out", "in
 
 
 def is_surgvivqa(data: Path) -> bool:
-    """Has the folder SurgViVQA's own files? Ends where there are others beside them."""
-    found = any(re.fullmatch("|".join(SURGVIVQA), path.name) for path in data.glob("*.jsonl"))
+    """Has the folder SurgViVQA's own files, or is it one? Ends where there are others beside them."""
+    paths = [data] if data.is_file() else data.glob("*.jsonl")
+    found = any(re.fullmatch("|".join(SURGVIVQA), path.name) for path in paths)
     if found:
         refuse_beside(data, "SurgViVQA's own files")
     return found
@@ -157,6 +139,9 @@ def is_surgvivqa(data: Path) -> bool:
 
 def surgvivqa(data: Path, media: Path, known: set[str] | None):
     """Entries with IDs that are unique, frames as files, and the recording that belongs to each question."""
+    if data.is_file():
+        yield from surgvivqa_file(data, "test", media, known)
+        return
     names = sorted(path.name for path in data.glob("*.jsonl"))
     kinds = [[name for name in names if re.fullmatch(kind, name)] for kind in SURGVIVQA]
     read, *others = filter(None, kinds)
@@ -265,6 +250,8 @@ def entries(path: Path, media: Path, endovis_choice: str | None = None):
 
 def any_kind(media: Path, where: str, split: str | None, entry: dict):
     """The entries that UMBRELLA's or LLaVA's conversation is, whichever it is."""
-    if entry.keys() & {"volume", "images"}:
+    volumes = [image for image in entry.get("images") or [] if isinstance(image, dict) and "modality" in image]
+    if volumes or "volume" in entry:
         return turns.umbrella(media, where, split, entry, "all")
-    return turns.llava(where, split, entry, *(("<image>", None) if "image" in entry else ("<video>", "video")))
+    shows_images = entry.keys() & {"image", "images"}
+    return turns.llava(where, split, entry, *(("<image>", None) if shows_images else ("<video>", "video")))

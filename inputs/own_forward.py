@@ -71,11 +71,10 @@ def packing(model, trees: list[common.Prompt], task: Task, run) -> tuple[float, 
     alone = summed(model, (batch for tree in single for batch in run.packed([tree], task)))
     model.zero_grad(set_to_none=True)
     loss = abs(packed["loss"] - alone["loss"]) / max(1.0, abs(alone["loss"]))
-    names = packed.keys() | alone.keys()
     if packed.keys() != alone.keys():
         return float(loss), float("inf")
     # a key's bias has gradient 0, because softmax does not see it: rounding must not be divided by rounding
-    found = [float((packed[n] - alone[n]).norm() / alone[n].norm().clamp(min=0.1)) for n in names - {"loss"}]
+    found = [float((packed[n] - alone[n]).norm() / alone[n].norm().clamp(min=0.1)) for n in alone.keys() - {"loss"}]
     return float(loss), max(found, default=0.0)
 
 

@@ -38,10 +38,9 @@ def counting(config) -> dict:
     """What transformers' processor for a LLaVA counts the tokens of an image from; {} for other models."""
     if not hasattr(config, "vision_feature_select_strategy"):
         return {}
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    class_token = int(vision.model_type == "clip_vision_model")
-    counted = {"patch_size": vision.patch_size, "num_additional_image_tokens": class_token}
-    return counted | {"vision_feature_select_strategy": strategy}
+    class_token = int(config.vision_config.model_type == "clip_vision_model")
+    counted = {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": class_token}
+    return counted | {"vision_feature_select_strategy": config.vision_feature_select_strategy}
 
 
 def add_flag(parser) -> None:

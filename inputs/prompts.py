@@ -3,11 +3,43 @@
 import copy
 from itertools import groupby
 
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 import common
-from inputs.task import Example, Task
+from inputs.task import MARK, Example, Task
+
+
+def add_flag(parser, default: str = "") -> None:
+    """--system, of a script that asks in a chat template."""
+    text = f"system text of examples without one of their own (default: {repr(default) if default else 'none'})"
+    parser.add_argument_group("the prompt").add_argument("--system", metavar="TEXT", default=default, help=text)
+
+
+def conversation(tokenizer, messages: list[dict], answer: str, image_id: int) -> str:
+    """common.conversation, in which each text stands where the messages have it: behind so many images, none left out.
+
+    Raises ValueError where the chat template does not write it so: many put images first, some know no system text.
+    """
+    texts = [part["text"] for turn in messages for part in turn["content"] if part["type"] == "text"]
+    if wrong := next((text for text in [*texts, answer] if MARK in text), None):
+        raise ValueError(f"{MARK} shows nothing in {wrong!r}; it may stand in questions alone, once for each image")
+    try:
+        text = common.conversation(tokenizer, messages, answer)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses this conversation: {error}; write it otherwise") from None
+    pieces, shown = text.split(tokenizer.convert_ids_to_tokens(image_id)), 0
+    for turn in messages:
+        for part in turn["content"]:
+            if part["type"] == "image":
+                shown += 1
+            elif part["text"].strip() not in "".join(pieces[shown : shown + 1]):
+                where, remedy = f"behind {shown} images", "leave the marks of images out, so that these come first"
+                if turn["role"] == "system":
+                    where, remedy = "as a system text", "write it into the question"
+                raise ValueError(f"the chat template does not write {part['text']!r} {where}; {remedy}")
+    return text
 
 
 def prove(task: Task, example: Example, tree: common.Prompt) -> str:

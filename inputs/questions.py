@@ -13,9 +13,9 @@ from pathlib import Path
 
 from inputs import images
 from inputs.files import SPLITS
-from inputs.task import Example, as_text, collect, named, split_of
+from inputs.task import MARK, Example, as_text, collect, named, split_of
 from inputs.texts import read_jsonl, tidy
-from report.scoring import normalise, says_nothing
+from report.scoring import ONE_NUMBER, is_number, normalise, number_said, says_nothing
 
 ARTICLE = r"(?:an?|the)"
 OPTION_LABEL = r"(?<!\w)\(?([A-Ha-h])(?:\)|\.(?=\s))"  # "(a)", "a)", "A. "
@@ -36,7 +36,7 @@ TYPE_PATTERNS = [  # the first that matches decides
     ("size_numeric", r"\bdiameter\b|\bmillimet(?:er|re)s?\b"),
     ("count_numeric", r"\bnumber of\b"),
 ]
-TYPES = {"open_ended", "mcq", *(name for name, _ in TYPE_PATTERNS)}
+TYPES = {"open_ended", "mcq", "number", *(name for name, _ in TYPE_PATTERNS)}
 
 # ---- From a question's words ----
 
@@ -70,7 +70,7 @@ def answer_candidates(question: str, type: str) -> list[str] | None:
 
 def sentence_asked(question):
     """The last sentence that ends in "?", else all: "What color is it? If more than one separate with ;"."""
-    sentences = re.split(r"(?<=[.?!])\s+(?=[A-Z])", " ".join(question.split()))
+    sentences = re.split(r"(?<=[.?!])\s+(?=[A-Z])", " ".join(question.replace(MARK, " ").split()))
     asked = [sentence for sentence in sentences if sentence.endswith("?")]
     sentence = asked[-1] if asked else " ".join(sentences)
     return re.sub(rf"^[^:]*:\s*(?={AUXILIARY}|{WH_WORD})", "", sentence, flags=re.I)  # "Question: Is …?"
@@ -78,6 +78,7 @@ def sentence_asked(question):
 
 def labelled_options(question):
     """["x", "y"] of "… (a) x (b) y", or None. Labels must run a, b, c…: the "E." of "E. coli" is none."""
+    question = question.replace(MARK, " ")  # an option that is an image is none to be written
     labels = list(re.finditer(OPTION_LABEL, question))
     letters = "".join(label[1].lower() for label in labels)
     if len(labels) < 2 or not "abcdefgh".startswith(letters):
@@ -135,7 +136,7 @@ def fields(entry: dict, unasked: str | None = None) -> dict:
     none of the candidates is no fault (see scoring.answerable): left out, such examples would raise the accuracy.
     """
     question, answer, kind = (named(entry, key, "").strip() for key in ("question", "answer", "question_type"))
-    if not question and (unasked is None or entry.get("question")):
+    if not question.replace(MARK, "").strip() and (unasked is None or entry.get("question")):
         raise ValueError("the question is empty")
     if says_nothing(answer):
         raise ValueError(f"the answer is empty ({entry.get('answer')!r}); leave the example out (--skip-bad)")
@@ -147,6 +148,8 @@ def fields(entry: dict, unasked: str | None = None) -> dict:
     texts = [as_text(text, "each of answer_candidates").strip() for text in given] if isinstance(given, list) else [""]
     if not all(texts):
         raise ValueError(f"answer_candidates must be a list of texts, none empty: {given!r}")
+    if is_number(kind) and not texts and number_said(answer) is None:
+        raise ValueError(f"the answer {answer!r} of the type {kind!r} {ONE_NUMBER}; fix it, or name another type")
     found = {"question": question, "answer": answer, "question_type": kind, "inferred": not texts}
     return found | {"candidates": texts or answer_candidates(question, kind)}
 
@@ -236,11 +239,10 @@ def write_types(source: Path, target: Path) -> None:
 
 def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:
     """An entry's question and answer, in the split that its image or group is in."""
-    entry = tidy(data, entry)
-    image = images.named(data, entry)
-    group = named(entry, "group", image)
+    entry = images.placed(data, tidy(data, entry))
+    group = named(entry, "group", where)
     split = split or split_of(group)
-    return Example(where=where, split=split, id=where, group=group, media=[image], **fields(composed(entry)))
+    return Example(where=where, split=split, id=where, group=group, media=entry["images"], **fields(composed(entry)))
 
 
 if __name__ == "__main__":

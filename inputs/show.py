@@ -1,6 +1,7 @@
 """What the data check prints: an example token by token, what is supervised of it, and faults, each cause once."""
 
 import re
+import sys
 from collections import defaultdict
 from itertools import groupby
 
@@ -8,6 +9,7 @@ from inputs.task import Example, Problem
 from report import scoring
 
 WIDTH = 160  # characters of a line of tokens
+COLOURS = {"supervised": 32, "masked": 90, "media": 34}  # a terminal's green, grey, blue
 LONGEST = 200  # characters of any line; check.json holds the complete text
 
 
@@ -25,9 +27,8 @@ def tokens(tokenizer, prefix: list[int], input_ids: list[int], labels: list[int]
     return found + [(piece, "masked" if label < 0 else "supervised", 1) for piece, label in pieces]
 
 
-def print_tokens(id: str, tokens: list[tuple], paint) -> None:
-    """What `tokens` gives; supervised tokens stand between « and ». paint(text, colour) colours it, on a terminal."""
-    colours = {"supervised": "green", "masked": "grey", "media": "blue"}
+def print_tokens(id: str, tokens: list[tuple]) -> None:
+    """What `tokens` gives; supervised tokens stand between « and ». On a terminal it is coloured."""
     print(f"example {shorten(id, 80)}: supervised green, between « and »; masked grey; media blue")
     line, width = [], 0
     for kind, run in groupby(tokens, lambda token: token[1]):
@@ -38,7 +39,8 @@ def print_tokens(id: str, tokens: list[tuple], paint) -> None:
             if width + len(text) > WIDTH and line:
                 print(" ".join(line))
                 line, width = [], 0
-            line.append(paint(text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…", colours[kind]))
+            shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+            line.append(f"\033[{COLOURS[kind]}m{shown}\033[0m" if sys.stdout.isatty() else shown)
             width += len(text) + 1
     print(" ".join(line))
 

@@ -12,6 +12,10 @@ import common
 from report import scoring
 
 SPLITS = ("train", "val", "test")
+# --augment changes by at most: degrees, shares of size, contrast and brightness, either way. Colours keep their names;
+# counts and quadrants hold, but within 7 % of an edge or of a middle line; what is told in mm does not (docs/data.md)
+TURN, SCALE, LIGHT = 5, 0.05, 0.10
+MARK = "<image>"  # says where in a question an image is shown (see images.placed)
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Example:
     answer: str
     question_type: str
     candidates: list[str] | None  # all allowed answers, where they are known
+    system: str = ""  # a system text of its own
     history: list = field(default_factory=list)  # earlier turns, (question, answer)
     also_right: list[str] = field(default_factory=list)  # the same answer in other forms
     inferred: bool = False  # the candidates are not the data's own
@@ -161,7 +166,7 @@ class Task:
                                     from, afterwards in self.measured[name], and a digest of what it shows, by which
                                     splits are compared (inputs/content.py). Raises ValueError that names the file
         read_media(data, trees)     {name: tensor} of prompt trees' media, in the order of the packed sequence; the
-                                    model takes it as `batch[name]`. Runs in worker processes: it draws nothing
+                                    model takes it as `batch[name]`. Runs in worker processes: only self.change draws
 
     may change
         texts(example)              all texts that become tokens: none may hold a placeholder, EOS or a sentinel
@@ -181,6 +186,7 @@ class Task:
         processor_settings          what else transformers' processor for such a model must know: {its argument: value}
         measured                    {file: what its tokens are counted from}, once the data check has opened all
         max_positions               of the language model, where more would be an error; None: not limited
+        system(example)             its own system text, or --system
         faults                      Problems of the checkpoint's own files, listed by the data check: fault(where, text)
         report                      what was found in them: JSON-like, for check.json and results.json
 
@@ -204,7 +210,7 @@ class Task:
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.processor, self.processor_settings = args, tokenizer, None, {}
-        self.measured, self.faults, self.report, self.max_positions = {}, [], {}, None
+        self.measured, self.faults, self.report, self.max_positions, self.step = {}, [], {}, None, None
 
     def fault(self, where: str, text: str) -> None:
         """A fault of the checkpoint's file `where`, for which no example can be left out."""
@@ -218,11 +224,24 @@ class Task:
             raise SystemExit(f"--model {self.args.model}: {error}") from None
         print(self.report["pad"])
 
+    def system(self, example: Example) -> str:
+        """The example's own system text, or --system."""
+        return example.system or getattr(self.args, "system", "")
+
+    def change(self, tree: common.Prompt) -> tuple[float, ...] | None:
+        """(degrees, scale, contrast, brightness) of a tree's media in a step of training with --augment, else None."""
+        if self.step is None or not self.args.augment:
+            return None
+        draw = random.Random(f"{self.args.seed} {self.step} {tree.ids[0]}")
+        return draw.uniform(-TURN, TURN), *(draw.uniform(1 - most, 1 + most) for most in (SCALE, LIGHT, LIGHT))
+
     # ---- may be changed ----
 
     def texts(self, example: Example) -> list[str]:
-        turns = [text for turn in example.history for text in turn]
-        return [example.question, example.answer, *(example.candidates or []), *turns]
+        asked, answered = zip(*example.history, (example.question, example.answer), strict=True)
+        if "".join(asked).count(MARK) == len(example.media):  # each stands for an image
+            asked = [text.replace(MARK, "") for text in asked]
+        return [self.system(example), *asked, *answered, *(example.candidates or [])]
 
     def media(self, example: Example):
         return example.media

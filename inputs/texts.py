@@ -109,6 +109,20 @@ def read_csv(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
     return entries, problems
 
 
+def read_list(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
+    """The objects of a JSON list, each with its "file[place]", and what is none."""
+    try:
+        values = read_json(path)
+        if not isinstance(values, list) or not values:
+            raise ValueError("not a JSON list of examples; fix the file")
+    except ValueError as error:
+        return [], [Problem(path.name, None, str(error), fatal=True)]
+    named = [(f"{path.name}[{i}]", value) for i, value in enumerate(values)]
+    others = [where for where, value in named if not isinstance(value, dict)]
+    problems = [Problem(where, None, "not a JSON object; fix the file") for where in others]
+    return [pair for pair in named if isinstance(pair[1], dict)], problems
+
+
 def tidy(media: Path, value):
     """A value of an entry; NaN (as pandas writes what is missing) is None, an absolute path in media/ relative."""
     if isinstance(value, dict):

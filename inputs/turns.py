@@ -13,29 +13,41 @@ VOLUMES = (".nii", ".nii.gz", ".img", ".mgz", ".mgh", ".npy", ".npz")
 
 
 def messages(entry: dict) -> dict:
-    """The entry, its "messages" as LLaVA's conversations, and the only medium in them named. Raises ValueError."""
+    """The entry, its "messages" as LLaVA's conversations, with the media that their parts name. Raises ValueError.
+
+    A list in `image`, as LLaVA-Interleave has it, becomes `images`.
+    """
+    if isinstance(entry.get("image"), list) and entry.get("images") is None:
+        entry = {**entry, "images": entry["image"], "image": None}
     if not entry.get("messages"):
         return entry
-    entry, turns, roles = dict(entry), [], {"user": "human", "assistant": "gpt"}
-    media = {kind: [entry.get(kind), *(entry.pop(f"{kind}s", None) or [])] for kind in ("image", "video")}
+    entry, turns, said = dict(entry), [], {"image": [], "video": []}
+    roles = {"system": "system", "user": "human", "assistant": "gpt"}
     for turn in entry.pop("messages"):
-        content, said = turn["content"], ""
+        content, value = turn["content"], ""
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             kind = part.get("type")
-            if turn["role"] == "system" or kind not in ("text", *media):
-                what = "a system text" if turn["role"] == "system" else f"a part of the kind {kind!r}"
-                raise ValueError(f"{what} changes what is asked, but is not read; remove it, or write it otherwise")
-            if kind in media:
-                media[kind].append(part.get(kind))
-            said += f"<{kind}>" if kind in media else part["text"]
-        turns.append({**turn, "from": roles.get(turn["role"]), "value": said})
-    for kind, shown in media.items():
-        names = {name["path"] if isinstance(name, dict) else name for name in shown if name}
-        if len(names) > 1:
-            raise ValueError(f"{len(names)} {kind}s of one conversation; one is read, so keep one")
-        for entry[kind] in names:  # a conversation without a mark shows it first
-            if f"<{kind}>" not in turns[0]["value"]:
-                turns[0]["value"] = f"<{kind}>{turns[0]['value']}"
+            if kind not in ("text", *(said if turn["role"] == "user" else ())):
+                text = f"a part of the kind {kind!r} of the {turn['role']} changes what is asked, but is not read"
+                raise ValueError(f"{text}; remove it, or write it otherwise")
+            if name := part.pop(kind, None) if kind in said else None:
+                said[kind].append(name)
+            value += f"<{kind}>" if kind in said else as_text(part["text"], "a turn's text")
+        turns.append({**turn, "from": roles.get(turn["role"]), "value": value})
+    asked = [turn for turn in turns if turn["from"] == "human"]
+    for kind, own in said.items():
+        names = entry.pop(f"{kind}s", None) or own or ([entry[kind]] if entry.get(kind) else [])
+        if not isinstance(names, list):
+            raise ValueError(f"{kind}s must be a list of names, none empty: {names!r}")
+        if own not in ([], names):
+            raise ValueError(f"{kind}s lists {names}, but the conversation names {own}; keep one of the two")
+        names = [name["path"] if isinstance(name, dict) else name for name in names]
+        if len(names) == 1 and entry.get(kind) in (None, "", names[0]):
+            entry[kind] = names[0]
+        elif names:
+            entry[f"{kind}s"] = names
+        if asked and not any(f"<{kind}>" in turn["value"] for turn in asked):  # shown first
+            asked[0]["value"] = f"<{kind}>" * len(names) + asked[0]["value"]
     return entry | {"conversations": turns}
 
 
@@ -45,9 +57,10 @@ def messages(entry: dict) -> dict:
 def llava(where: str, split: str | None, entry: dict, mark: str, field: str | None):
     """(where, split, entry) for each answer, with the turns before it as its `history`. Raises ValueError.
 
-    An entry without conversations stays as it is. The first turn must hold `mark` once; with `field`, where the entry
-    has that, and not otherwise. Wherever the mark stands, the media go first, as in LLaVA's own training. Of several
-    answers IDs are numbered. LLaVA-ST's pictures are videos of one frame.
+    An entry without conversations stays as it is. With `field` the first turn must hold `mark` once where the entry
+    has that, and not otherwise. A single mark, wherever in the first turn, goes first, as in LLaVA's own training;
+    others stay where they are (see images.placed). Of several answers IDs are numbered. LLaVA-ST's pictures are videos
+    of one frame.
     """
     if field and named(entry, "image", None) and not named(entry, field, None):
         entry, mark = {**entry, field: entry["image"]}, "<image>"
@@ -57,15 +70,21 @@ def llava(where: str, split: str | None, entry: dict, mark: str, field: str | No
     if any(entry.get(name) not in (None, "", []) for name in ("question", "answer", "history")):
         raise ValueError("question, answer or history beside conversations, of which one would not be read; keep one")
     turns = entry["conversations"]
+    if turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        if field or entry.get("system"):
+            text = "is not read" if field else "stands beside the field system"
+            raise ValueError(f"a system text changes what is asked, but {text}; remove it, or write it otherwise")
+        entry, turns = {**entry, "system": turns[0].get("value")}, turns[1:]
     roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"turns must alternate human, gpt; there are {roles}")
     said = {"human": "the question's value", "gpt": "the answer's value"}
     texts = ["" if turn.get("value") is None else as_text(turn["value"], said[turn["from"]]) for turn in turns]
-    if texts[0].count(mark) != (named(entry, field, None) is not None if field else 1):
-        due = f" where the entry names a {field}, and not otherwise" if field else ""
-        raise ValueError(f"the first turn must hold {mark} once{due}")
-    texts = [text.replace(mark, "") if i == 0 else text for i, text in enumerate(texts)]
+    marks = [text.count(mark) for text in texts[::2]]
+    if field and marks[0] != (named(entry, field, None) is not None):
+        raise ValueError(f"the first turn must hold {mark} once where the entry names a {field}, and not otherwise")
+    if field or marks[0] == sum(marks) == 1:
+        texts[0] = ("" if field else mark) + texts[0].replace(mark, "")
     history, several = [], len(texts) > 2
     if several and entry.get("answer_candidates"):
         text = "answer_candidates are those of one question, but there are several"
@@ -76,10 +95,11 @@ def llava(where: str, split: str | None, entry: dict, mark: str, field: str | No
         found = {key: value for key, value in entry.items() if key != "conversations"}
         found |= {"question": question, "answer": answer, "history": list(history)}
         if several:
-            name = named(entry, "id", where)
-            found["id"] = f"{name}.{number}"
-        if several and field:  # in one group, because later turns repeat what earlier ones have answered
-            found["group"] = named(entry, "group", named(entry, field, name))
+            found["id"] = f"{named(entry, 'id', where)}.{number}"
+        if not field:
+            found["of_conversation"] = sum(marks), where
+        elif several:  # in one group, because later turns repeat what earlier ones have answered
+            found["group"] = named(entry, "group", named(entry, field, where))
         yield (f"{where} turn {number}" if several else where), split, found
         history.append((question.strip(), answer.strip()))
 
@@ -109,6 +129,8 @@ def umbrella(data: Path, where: str, split: str | None, entry: dict, supervise: 
     split = split or split_of(groups[0])
     turns, volumes = read_turns(data, entry)
     task, last = entry.get("task_type") or entry.get("question_type"), len(turns) - 1
+    if entry.get("task_type") and entry.get("question_type") == "number":
+        task = f"{task}:number"  # a type of its own: nobody averages ages with scores
     name = named(entry, "id", where)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or (i < last and (split != "train" or supervise == "last")):

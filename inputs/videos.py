@@ -1,7 +1,8 @@
-"""Videos and clips: which frames are shown, and reading them. A clip is a list of frames that the data name; a video is
-a folder of frames, an animation, an array, or a single picture.
+"""Videos and clips: which frames are shown, and reading them. A clip is a list of frames that the data name, or a video
+file; a video also a folder of frames, an animation, an array, or a single picture.
 """
 
+import math
 import operator
 import re
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from inputs import content, numbered
+from inputs import content, numbered, video_files
 from inputs.files import array_header, file_sha256, inside, listed
-from inputs.images import MAX_PIXELS, refuse_unreadable, to_rgb
+from inputs.images import MAX_PIXELS, open_image, open_images, refuse_unreadable, to_rgb
+from inputs.task import named
 
 FRAMES = (".jpg", ".jpeg", ".png")
 FILES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".npy")
@@ -32,11 +34,47 @@ def evenly(count: int, n: int) -> list[int]:
     return [round(i * (count - 1) / max(1, n - 1)) for i in range(n)]
 
 
+def clip(data: Path, entry: dict, most: int) -> tuple[list[str], str | None]:
+    """(frames, whether some seem to be missing): those that an entry lists, or `most` of its video file's."""
+    video, where = named(entry, "video", ""), part(entry)
+    if entry.get("frames") and (in_file(video) or (video and (data / video).exists())):
+        raise ValueError(f"frames beside video {video}, of which one would not be shown; keep one")
+    if not in_file(video):
+        return frames(entry), numbered.uneven(tuple(entry["frames"]))
+    times = video_files.times(data, video, *where)
+    return [video_files.frame_at(video, times[i]) for i in evenly(len(times), most)], None
+
+
+def in_file(video: str | None) -> bool:
+    """Is a video in a file that PyAV decodes?"""
+    return bool(video) and video.lower().endswith(video_files.FILES)
+
+
+def part(entry: dict) -> tuple[float, float]:
+    """(start, end) in seconds of what is shown of an entry's video file. Raises ValueError where they are not."""
+    given = {name: entry[name] for name in ("start", "end") if entry.get(name) not in (None, "")}
+    if given and not in_file(named(entry, "video", None)):
+        raise ValueError(f"start and end are of a video file ({', '.join(video_files.FILES)}), and video names none")
+    try:
+        start, end = float(given.get("start", 0)), float(given.get("end", math.inf))
+    except (TypeError, ValueError):
+        start = end = math.nan
+    if not 0 <= start < end:
+        raise ValueError(f"start and end must be seconds, 0 <= start < end: {given}")
+    return start, end
+
+
+def groups(entry: dict, *groups: str) -> list[str]:
+    """What a clip belongs to: its groups, and its video file, of which another clip may show another part."""
+    video = str(entry.get("video"))
+    return list(dict.fromkeys([*groups, video] if in_file(video) else groups))
+
+
 def frames(entry: dict) -> list[str]:
     """The files of a clip's frames, in the order of time. Raises ValueError where they are not, or no pictures."""
     names, numbers = entry.get("frames"), entry.get("frame_numbers")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"frames must be a list of files, in the order of time: {names!r}")
+        raise ValueError(f"frames must be a list of files, in the order of time, or video a video file: {names!r}")
     if numbers is not None and (not isinstance(numbers, list) or [type(n) for n in numbers] != [int] * len(names)):
         raise ValueError(f"frame_numbers must be an integer for each of the {len(names)} frames: {numbers!r}")
     if numbers is not None and numbers != sorted(numbers):
@@ -53,13 +91,16 @@ def frames(entry: dict) -> list[str]:
     return names
 
 
-def find(data: Path, video: str, fast: int, slow: int) -> tuple[list[str], int | None, str | None]:
+def find(data: Path, video: str, fast: int, slow: int, where=(0, math.inf)) -> tuple[list[str], int | None, str | None]:
     """([its file], None, None); of a folder the frames that are read, how many it holds, and whether some are missing.
 
-    Frames are in the order of their numbers, frame_2 before frame_10.
+    Frames are in the order of their numbers, frame_2 before frame_10. A video file is as a folder, `where` its part.
     """
-    files = listed(data, video)
-    known = FILES if files is None else FRAMES
+    files = listed(data, video)  # a folder of frames may be named like the file that they come from
+    if in_file(video) and (files is None or where != (0, math.inf)):
+        times = video_files.times(data, video, *where)
+        return [video_files.frame_at(video, times[i]) for i in choose(len(times), fast, slow)[0]], len(times), None
+    known = (*FILES, *video_files.FILES) if files is None else FRAMES
     wrong = [name for name in ([video] if files is None else files) if not name.lower().endswith(known)]
     if wrong or files == []:
         raise ValueError(f"{wrong[0] if wrong else video + ', an empty folder,'} is none of {', '.join(known)}")
@@ -120,6 +161,8 @@ def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Im
             raise ValueError(f"{changed[0]} has changed since it was checked; start again")
     if len(media.files) == 1:
         found = list(read_frames(data, media.files[0], media.frames))
+    elif video_files.is_frame(media.files[0]):
+        found = open_images(data, media.files, [None] * len(media.files))
     else:
         found = [frame for name in media.files for frame in read_frames(data, name)]
     if len(found) != len(media.frames):
@@ -129,6 +172,9 @@ def read(data: Path, media: Media, contents: list[str] | None = None) -> list[Im
 
 def read_frames(data: Path, name: str, wanted=None, largest: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The `wanted` frames of a file, or all, one by one, RGB; a JPEG has one. Raises ValueError naming the file."""
+    if video_files.is_frame(name):
+        yield open_image(data, name)
+        return
     path = inside(data, name)
     try:
         yield from read_array(path, wanted) if path.suffix.lower() == ".npy" else read_animation(path, wanted, largest)

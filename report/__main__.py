@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 from inputs import layouts
-from report import examples, leakage, predictions, scoring, write
-from report.audit import audit_scorer, print_audit, read_synonyms
+from report import examples, leakage, scoring, write
+from report.audit import audit_scorer, print_audit
 from report.read import read_run
 from runtime.files import write_json
 
@@ -27,7 +27,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="another program's JSON lines, each with id and prediction")
     parser.add_argument("--test", type=Path, help="the examples they answer, in any layout that the scripts read")
     parser.add_argument("--train", type=Path, help="the training examples: without them there are no blind baselines")
-    parser.add_argument("--synonyms", type=Path, help="answers that the audit may find right for each other, by line")
     parser.add_argument("--data", type=Path, help="data folder: the leakage check alone")
     text = "where media are (default: beside the examples; of a run, none is opened)"
     parser.add_argument("--media-root", type=Path, metavar="DIR", help=text)
@@ -63,11 +62,10 @@ def check_data(args: argparse.Namespace) -> None:
 
 def read_answers(args: argparse.Namespace) -> dict:
     """--predictions as a run, with the audit of the project's scorer on these examples and their leakage check."""
-    test = predictions.read_examples(args.test, "test", args.media_root)
-    train = predictions.read_examples(args.train, "train", args.media_root) if args.train else []
-    run = predictions.read_predictions(args.predictions, test, train)
-    synonyms = read_synonyms(args.synonyms)
-    audit = audit_scorer(lambda text, example: scoring.score(text, example)["exact"], test + train, synonyms)
+    test = examples.read_examples(args.test, "test", args.media_root)
+    train = examples.read_examples(args.train, "train", args.media_root) if args.train else []
+    run = examples.read_predictions(args.predictions, test, train)
+    audit = audit_scorer(lambda text, example: scoring.score(text, example)["exact"], test + train)
     found = leakage.check(args.media_root or args.test.parent, train + test)
     leakage.print_result(found)
     return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         print_audit(audit)
     print(f"wrote {args.out / 'report.html'}")
     if audit and audit["failed"]:
-        raise SystemExit("the scorer calls wrong answers right: fix it, or declare what means the same in --synonyms")
+        raise SystemExit("the scorer calls wrong answers right: fix report/scoring.py, or the script's Task.score")
 
 
 if __name__ == "__main__":

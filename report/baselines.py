@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from report.scoring import answer_label, normalise
+from inputs.task import MARK
+from report.scoring import answer_label, is_number, normalise, number_said
 
 
 def blind_answers(train: list, asked: list) -> list[dict[str, str]]:
@@ -54,13 +55,22 @@ def blind_answers(train: list, asked: list) -> list[dict[str, str]]:
     return [found[key] for key in known]
 
 
+def number_medians(train: list) -> dict[str, float]:
+    """{a type whose answers are numbers: the median of its training answers}, which has the least absolute error."""
+    numbers = defaultdict(list)
+    for example in train:
+        if is_number(example.question_type) and (said := number_said(example.answer)):
+            numbers[example.question_type].append(said[0])
+    return {kind: float(np.median(found)) for kind, found in numbers.items()}
+
+
 def described(example) -> tuple[str, str, str]:
     """An example's type; its earlier turns, pairs or as a chat template has them, with its question; the last alone."""
     turns = [
         [p.get("text", "") for p in turn["content"]] if isinstance(turn, dict) else turn for turn in example.history
     ]
-    said = [normalise(text) for turn in turns for text in turn]  # each alone: later examples have them again
-    question = normalise(example.question)
+    texts = [*(text for turn in turns for text in turn), example.question]  # each alone: later examples have them again
+    *said, question = (" ".join(normalise(text).replace(MARK, " ").split()) for text in texts)  # marks tell nothing
     return example.question_type, " ".join([*said, question]), question
 
 

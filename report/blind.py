@@ -36,7 +36,8 @@ def exchange(examples: list, task) -> list:
 
     Within each kind (`task.kind`) media are put in order of their groups and passed on by as many places as the
     largest group has. Examples that share theirs get the same others: an image is still read once for all its
-    questions. Where a kind has one only, its examples are left out; a text alone stays as it is.
+    questions. Nothing that an example shows is shown again in its place: where its kind has no other such media, it is
+    left out; a text alone stays as it is.
     """
     kinds = defaultdict(dict)  # kind -> media -> an example that shows them
     for example in examples:
@@ -45,15 +46,18 @@ def exchange(examples: list, task) -> list:
     other = {}
     for by_media in kinds.values():
         owners = list(by_media.values())
-        if len(owners) == 1:  # nothing else of its kind could be shown
-            print(f"--blind shuffled: questions about {owners[0].media[0]} are left out, the only one of its kind")
-            continue
         sizes = Counter(example.group for example in owners)
         order = random.Random(0).sample(list(sizes), len(sizes))
         owners.sort(key=lambda example: order.index(example.group))
         places = max(sizes.values()) % len(owners) or len(owners) // 2
-        moved = owners[places:] + owners[:places]
-        other |= {tuple(example.shown): new for example, new in zip(owners, moved, strict=True)}
+        for i, owner in enumerate(owners):
+            passed = (owners[(i + places + more) % len(owners)] for more in range(len(owners)))
+            new = next((new for new in passed if not set(new.shown) & set(owner.shown)), None)
+            if new is None:
+                text = "are left out: nothing else of its kind, or all of it shows the same"
+                print(f"--blind shuffled: questions about {owner.media[0]} {text}")
+            else:
+                other[tuple(owner.shown)] = new
     if not other:
         raise SystemExit("--blind shuffled: there are no two media to exchange")
     kept = [example for example in examples if not example.shown or tuple(example.shown) in other]

@@ -1,13 +1,18 @@
-"""Runs against each other: paired over the questions that both answer, over seeds, and against their blind runs."""
+"""Runs against each other: paired over the questions that both answer, over seeds, and against what they began as."""
 
 import json
 from collections import defaultdict
 
 import numpy as np
 
-from report.figures import resampled, summarise_run
 from report.intervals import clustered_interval
 from report.read import ANSWERED, read_or_empty, read_records
+from report.summary import resampled, summarise_run
+
+BEFORE = "before training"
+# what else a run's questions were answered by: its folder, how to repeat it, what must be as in the run
+OTHERS = {mode: (f"blind/{mode}", f"--blind {mode}", ANSWERED) for mode in ("blank", "shuffled")}
+OTHERS |= {BEFORE: ("baseline", "--resume none", (*ANSWERED, "model"))}
 
 
 def compare(a: dict, b: dict) -> dict | None:
@@ -32,7 +37,7 @@ def compare(a: dict, b: dict) -> dict | None:
 def seeds_of(found: list[dict]) -> list[dict]:
     """Of runs whose settings differ in the seed alone mean, standard deviation, least and most of exact over them.
 
-    `found` are the figures of all runs, see figures.summarise_run.
+    `found` are the figures of all runs, see summary.summarise_run.
     """
     alike = defaultdict(list)
     for run in found:
@@ -57,17 +62,17 @@ def spread(values: list[float]) -> dict:
 
 
 def add_blind_runs(run: dict, found: dict) -> None:
-    """Put what the same model answered without seeing into found["blind"], where RUN/blind has it."""
-    for mode in ("blank", "shuffled"):  # --blind of the scripts
-        path = run["folder"] / "blind" / mode / "predictions.jsonl"
+    """Put into found["blind"] what the same model answered without seeing, and before training; see OTHERS."""
+    for mode, (folder, flag, same) in OTHERS.items():
+        path = run["folder"] / folder / "predictions.jsonl"
         if not path.is_file():
             continue
-        # a comparison with other settings would say nothing of the images
-        answered, again = read_or_empty(path.with_name("results.json")), f"repeat it with --eval-only --blind {mode}"
+        # a comparison with other settings would say nothing of the images, or of the training
+        answered, again = read_or_empty(path.with_name("results.json")), f"repeat it with --eval-only {flag}"
         records = {r["id"]: r for r in read_records(path)}
         other = {"name": mode, "records": [records[r["id"]] for r in run["records"] if r["id"] in records]}
         paired = compare(run, other)
-        changed = [name for name in ANSWERED if answered.get(name) != run[name]]
+        changed = [name for name in same if answered.get(name) != run[name]]
         if changed or not paired:
             what = f"with another {changed[0]}" if changed else "other questions"
             found["notes"].append(f"{mode}: was answered {what}; {again}")
@@ -76,7 +81,7 @@ def add_blind_runs(run: dict, found: dict) -> None:
         entry = {"n": paired["n"], "exact": numbers["exact"], "interval": numbers["interval"]}
         entry |= {"difference": difference["difference"], "difference_interval": difference["interval"]}
         found["blind"][mode] = entry
-        if path.stat().st_mtime < (run["folder"] / "predictions.jsonl").stat().st_mtime:
+        if mode != BEFORE and path.stat().st_mtime < (run["folder"] / "predictions.jsonl").stat().st_mtime:
             found["notes"].append(f"{mode}: answered before the run's last answers; {again}")
         if paired["n"] < found["n"]:
             found["notes"].append(f"{mode}: {paired['n']} of {found['n']} questions could be asked so")

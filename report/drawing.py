@@ -8,34 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+from inputs.show import shorten
+
 COLOURS = ("#4c86c6", "#dd8a3e", "#45a08f", "#9a76bd", "#cc6666", "#94795d", "#8a9a3b", "#8c8c8c")  # on black and white
-STYLE = {
-    "font.size": 9,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font and colour
-    "svg.hashsalt": "report",  # the same bytes each time
-    "text.parse_math": False,  # a question type such as $x$ is a name, not a formula
-    "path.simplify_threshold": 0.5,  # of very many steps in a row the lowest and highest are drawn
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "grid.color": "#8888884d",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-}
+STYLE = Path(__file__).with_name("figures.mplstyle")
 MOST_PANELS = 12  # reliability diagrams
 
 
 def draw_figures(result: dict, curves: dict[str, list[dict]]) -> dict:
-    """{name: matplotlib Figure}: accuracy, calibration, curves, as far as there is something to draw.
-
-    {} where matplotlib is not installed: the page says how to have them.
-    """
+    """{name: matplotlib Figure} of what there is to draw; {} without matplotlib: the page says how to have them."""
     try:
-        import matplotlib
+        import matplotlib.style
     except ImportError:
         return {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figures = {
             "accuracy": draw_accuracy(result["runs"]),
             "calibration": draw_calibration(result["runs"]),
@@ -45,7 +31,6 @@ def draw_figures(result: dict, curves: dict[str, list[dict]]) -> dict:
 
 
 def new_figure(width: float, height: float):
-    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -140,18 +125,17 @@ def series(lines: list[dict], field: str) -> tuple[list, list]:
     return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
 
 
-def short_label(text: str, most: int = 40) -> str:
+def short_label(text: str) -> str:
     """A name short enough for a figure, without characters that XML refuses."""
-    text = "".join(c if c.isprintable() else " " for c in str(text))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return shorten("".join(c if c.isprintable() else " " for c in str(text)), 40)
 
 
 def figure_svg(figure) -> str:
     """The figure as SVG to put into a page: no background, its black is the colour of the text around it."""
-    import matplotlib
+    import matplotlib.style
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -170,9 +154,9 @@ def figure_svg(figure) -> str:
 def write_figures(folder: Path, figures: dict) -> None:
     """NAME.svg and NAME.png of each figure, on white, as a paper wants them."""
     for name, figure in figures.items():
-        import matplotlib
+        import matplotlib.style
 
         folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.style.context(STYLE):
             figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)

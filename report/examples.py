@@ -1,14 +1,19 @@
-"""Examples of any data folder or file, without a script: for the leakage check and answers of other programs."""
+"""Examples of any data folder or file, without a script: for the leakage check, and to score what others answered."""
 
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from inputs import files, images, layouts
+from inputs import files, images, layouts, videos
 from inputs.questions import question_type
 from inputs.task import Example, Problem, collect, named, split_of
-from report.scoring import says_nothing
+from inputs.texts import read_jsonl
+from report import scoring
+from report.read import refuse
+from report.results import add_baselines
+
+FIELDS = [("id", "question_id"), ("prediction", "predicted_answer", "response")]  # of a predictions file: usual names
 
 
 @dataclass(kw_only=True)
@@ -35,11 +40,13 @@ def read(path: Path, split=None, endovis=None, media: Path | None = None) -> tup
 
 def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyExample:
     try:
+        of_images = "of_conversation" in entry or entry.get("images") is not None
+        entry = images.placed(data, entry) if of_images else entry
         media, name, heard = media_of(data, entry), named(entry, "id", where), named(entry, "audio", None)
         shown = [file for file in media if file != heard] or media
         alone = [entry[key] for key in ("group", "video_id", "video") if entry.get(key) not in (None, "")]
-        groups = [str(group) for group in entry.get("groups") or [*alone, *shown, name][:1]]
-        answers = [entry[key] for key in ("short_answer", "answer") if not says_nothing(entry.get(key))]
+        groups = [str(group) for group in entry.get("groups") or [*alone, *shown, where][:1]]
+        answers = [entry[key] for key in ("short_answer", "answer") if not scoring.says_nothing(entry.get(key))]
         # without the marks of what is shown, which may stand before it or after
         question = re.sub(r"<(?:image|video)>", " ", str(entry.get("question") or "")).strip()
         kind = question_type(question) if question else "caption" if shown else "text"
@@ -48,7 +55,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyE
             split=split or split_of(groups[0]),
             id=name,
             group=groups[0],
-            groups=groups,
+            groups=videos.groups(entry, *groups),
             media=media,
             heard=heard,
             question=question,
@@ -64,10 +71,78 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyE
 
 def media_of(data: Path, entry: dict) -> list[str]:
     """The files that an entry names, in the order in which they are shown; a folder stands for the files in it."""
-    found = [images.find(data, str(entry[field])) for field in images.FIELDS if entry.get(field)][:1]
+    one = [images.find(data, str(entry[field])) for field in images.FIELDS if entry.get(field)][:1]
+    found = list(entry["images"] if entry.get("images") is not None else one)
     frames = entry.get("frames") or []
     found += map(str, frames if isinstance(frames, list) else [frames])
     found += [name for volume in entry.get("volumes") or [] for name in volume.files]
     if entry.get("video"):
-        found += files.listed(data, str(entry["video"])) or [str(entry["video"])]
+        video = str(entry["video"])
+        in_file = videos.in_file(video) and not (data / video).is_dir()
+        found += videos.clip(data, entry, 8)[0] if in_file else files.listed(data, video) or [video]
     return found + ([str(entry["audio"])] if entry.get("audio") else [])
+
+
+# ---- answers of any program, scored as a run's are ----
+
+
+def read_examples(path: Path, split: str, media: Path | None = None) -> list[Example]:
+    """The examples of one file, all of `split`. Ends with what is wrong where one cannot be read, or has no answer."""
+    found, problems = read(path, split, media=media)
+    first = {}
+    for example in found:
+        if not isinstance(example.answer, str | int | float) or scoring.says_nothing(example.answer):
+            text = f"the answer is empty or no text ({example.answer!r}); fix the example"
+            problems.append(Problem(example.where, example.id, text))
+        elif scoring.is_number(example.question_type) and scoring.number_said(example.answer) is None:
+            text = f"the answer {example.answer!r} of the type {example.question_type!r} {scoring.ONE_NUMBER}; fix it"
+            problems.append(Problem(example.where, example.id, text))
+        if first.setdefault(example.id, example) is not example and split == "test":
+            text = f"duplicate ID, first used at {first[example.id].where}"
+            problems.append(Problem(example.where, example.id, text))
+        example.answer = str(example.answer)
+    refuse(problems)
+    return found
+
+
+def read_predictions(path: Path, test: list[Example], train: list[Example]) -> dict:
+    """A predictions file, a line a question, scored against the examples `test`; `train` gives the blind baselines.
+
+    An example that the file does not answer counts as wrong. Ends with what is wrong where lines cannot be used.
+    """
+    # "qa_1" is enough for "002-004/qa_1", where no two would be the same
+    short = {example.id.rpartition("/")[2]: example.id for example in test}
+    known = (short if len(short) == len(test) else {}) | {example.id: example.id for example in test}
+    answered = read_lines(path, known)
+    names = ("id", "group", "media", "question_type", "question", "answer", "also_right")
+    records = []
+    for example in test:
+        record = {name: getattr(example, name) for name in names} | {"prediction": answered.get(example.id)}
+        right = scoring.score(record["prediction"], example)
+        records.append(record | {"correct": right["exact"], "relaxed": right["relaxed"]})
+    add_baselines(records, test, train, scoring.score)
+    unanswered = sum(example.id not in answered for example in test)
+    text = f"{unanswered} of {len(test)} examples have no prediction; they count as wrong"
+    return {"name": str(path), "records": records, "notes": [text] if unanswered else []}
+
+
+def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
+    """{example's ID: its answer} of a file, or its end; `known` are {what a line may call an example: its ID}."""
+    lines, problems = read_jsonl(path)
+    answered = {}
+    for where, line in lines:
+        missing = [names for names in FIELDS if not line.keys() & set(names)]
+        if missing:
+            problems.append(Problem(where, None, f"no field {' or '.join(missing[0])}; rename the one that is meant"))
+            continue
+        given, prediction = (next(line[name] for name in names if name in line) for names in FIELDS)
+        name, given = known.get(str(given)), str(given)
+        if not isinstance(prediction, str | int | float | None):
+            problems.append(Problem(where, given, f"the prediction must be a text or null: {prediction!r}"))
+        if name is None:
+            problems.append(Problem(where, given, "no example of --test has this ID"))
+        elif name in answered:
+            problems.append(Problem(where, given, "answered twice; keep one line"))
+        answered[name] = None if prediction is None else str(prediction)
+    refuse(problems)
+    return answered

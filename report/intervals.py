@@ -31,12 +31,33 @@ def clustered_interval(values: list, groups: list, lowest: float = 0.0, resample
     for _ in range(0, resamples, 100):  # a few at a time: memory does not grow with their number
         drawn = random.integers(len(sums), size=(100, len(sums)))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    normal, freedom = statistics.NormalDist(), len(sums) - 1
+    tail = tail_of(len(sums))
+    return np.quantile(np.concatenate(means), [tail, 1 - tail]).tolist()
+
+
+def tail_of(groups: int) -> float:
+    """The share of resamples that lies outside on either side: 2.5 %, less for few groups, as a t interval is wider."""
+    normal, freedom = statistics.NormalDist(), groups - 1
     z = normal.inv_cdf(0.975)
     # Student's t from the normal quantile (Abramowitz & Stegun 26.7.5)
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    tail = normal.cdf(-t * math.sqrt(len(sums) / freedom))
-    return np.quantile(np.concatenate(means), [tail, 1 - tail]).tolist()
+    return normal.cdf(-t * math.sqrt(groups / freedom))
+
+
+def resampled_intervals(figures, groups: list, resamples: int = 2000) -> list[list[float] | None] | None:
+    """The 95 % interval of each of figures(places), a list of numbers without bounds, over complete groups as above.
+
+    Nothing can be added to these groups. So it is None for fewer than six: the truth lies between the lowest and the
+    highest of five in less than 95 % of cases. A figure that is undefined (NaN) in a resample has no interval either.
+    """
+    of = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    if len(of) < 6:
+        return None
+    index, random = np.array([of[group] for group in groups]), np.random.default_rng(0)
+    drawn = (np.bincount(random.integers(len(of), size=len(of)), minlength=len(of)) for _ in range(resamples))
+    found = [figures(np.repeat(np.arange(len(index)), times[index])) for times in drawn]
+    ends = np.quantile(found, [tail_of(len(of)), 1 - tail_of(len(of))], axis=0).T
+    return [None if np.isnan(pair).any() else pair.tolist() for pair in ends]
 
 
 def united(sets: list) -> dict:

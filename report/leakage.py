@@ -13,11 +13,11 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from inputs import sound, turns, videos, volumes
+from inputs import sound, turns, video_files, videos, volumes
 from inputs.files import SPLITS, file_sha256
 from inputs.show import shorten
 from inputs.videos import FRAMES
-from report.near_duplicates import BITS, LEVELS, OF_BITS, closest, small_picture, structured
+from report.near_duplicates import OF_BITS, closest, small_picture, structured
 from report.scoring import forms, normalise, says_nothing, score_answer
 from runtime.files import progress
 
@@ -28,7 +28,7 @@ MEASURES = [(sound.FILES, sound.measure), (videos.FILES, videos.measure), (turns
 
 
 def check(data: Path, examples: list, contents: dict[str, str] | None = None) -> dict:
-    """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits, threshold.
+    """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits.
 
     Of an example are read where, split, id, groups, question, answer, also_right, question_type, history, and media
     and shown, names relative to `data`. `contents` are those of files that the caller has decoded already. A file that
@@ -36,7 +36,8 @@ def check(data: Path, examples: list, contents: dict[str, str] | None = None) ->
     looked at, are counted as "not looked at".
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
-    pictures = {name for example in examples for name in example.shown if name.lower().endswith(FRAMES)}
+    pictures = {name for example in examples for name in example.shown}
+    pictures = {name for name in pictures if name.lower().endswith(FRAMES) or video_files.is_frame(name)}
     known = contents or {}
 
     def look(name: str) -> tuple:
@@ -52,14 +53,22 @@ def check(data: Path, examples: list, contents: dict[str, str] | None = None) ->
     content = {name: found for name, (found, _, _) in looked.items()}
     small = {content[name]: picture for name, (_, picture, _) in looked.items() if picture is not None}
     seen = {key: picture for key, picture in small.items() if structured(picture)}
+    files = first_of_each_split(examples, lambda example: [(name, content[name]) for name in example.shown])
+    # patients, videos, procedures; what is just a file's or example's own name is no group
+    groups = first_of_each_split(examples, lambda e: [(g, g) for g in e.groups if g not in (*e.media, e.id)])
     findings = [
-        *same_content(examples, content),
-        *similar_pictures(examples, content, seen),
+        *same_content(files),
+        *similar_pictures(files, seen),
         *shared_frames(examples, content),
-        *shared_groups(examples),
         *repeated_questions(examples, content),
-        *empty_answers(examples),
     ]
+    for (example, name), (first, _), _ in repeated(groups):
+        what = "video file" if videos.in_file(name) else "group"
+        text = f"{what} {name} of {example.split} is also in {first.split} ({first.where})"
+        findings.append({"kind": "shared group", "where": example.where, "text": text})
+    for example in (example for example in examples if says_nothing(example.answer)):
+        text = f"the answer of {example.id} is {example.answer!r}"
+        findings.append({"kind": "empty answer", "where": example.where, "text": text})
     findings.sort(key=lambda finding: KINDS.index(finding["kind"]))
     counts = dict.fromkeys(KINDS, 0) | Counter(finding["kind"] for finding in findings)
     counts |= {"not looked at": sum(not found for _, _, found in looked.values()), "flat": len(small) - len(seen)}
@@ -68,7 +77,6 @@ def check(data: Path, examples: list, contents: dict[str, str] | None = None) ->
         "findings": findings,
         "counts": counts,
         "splits": {split: found for split, found in splits.items() if found["questions"]},
-        "threshold": {"bits": BITS, "of_bits": OF_BITS, "levels": LEVELS},
     }
 
 
@@ -76,7 +84,7 @@ def content_of(data: Path, name: str) -> str:
     """What is decoded of a file that the caller has not measured, or else its bytes. Raises ValueError."""
     for endings, measure in MEASURES:
         with suppress(ValueError):
-            if name.lower().endswith(endings):
+            if name.lower().endswith(endings) or (measure is videos.measure and video_files.is_frame(name)):
                 return measure(data, name)[1]
     return file_sha256(data, name)
 
@@ -84,31 +92,22 @@ def content_of(data: Path, name: str) -> str:
 # ---- what is looked for: each gives findings {"kind", "where", "text"} --------------------------------------
 
 
-def same_content(examples: list, content: dict[str, str]):
+def same_content(files: list[dict]):
     """The same content (of files that are not there the same name) shown in a split and in an earlier one."""
-
-    def files(example):
-        return [(name, content[name]) for name in example.shown]
-
-    for example, name, key, first in repeated(examples, files):
-        other = next(other for other, found in files(first) if found == key)
+    for (example, name), (first, other), key in repeated(files):
         text = f"{name} of {example.split} " + ("is also in" if name == other else f"shows the same as {other} of")
         text += f" {first.split} ({first.where})" + ", by its name; the file is not here" * (key == name)
         yield {"kind": "same content", "where": example.where, "text": text}
 
 
-def similar_pictures(examples: list, content: dict[str, str], pictures: dict):
+def similar_pictures(files: list[dict], pictures: dict):
     """Each picture of a split that looks like one of an earlier split, and which; not those with the same content."""
     earlier = {}  # content -> (example, name)
-    for split in SPLITS:
-        later = {}
-        for example in (example for example in examples if example.split == split):
-            for name in example.shown:
-                if content[name] in pictures and content[name] not in earlier:
-                    later.setdefault(content[name], (example, name))
+    for found in files:
+        later = {key: shown for key, shown in found.items() if key in pictures and key not in earlier}
         for key, other, bits, turned in closest(list(earlier), list(later), pictures):
             (example, name), (first, first_name) = later[key], earlier[other]
-            text = f"{name} of {split} looks like {first_name} of {first.split} ({first.where})"
+            text = f"{name} of {example.split} looks like {first_name} of {first.split} ({first.where})"
             text += f", {turned}" * bool(turned) + f": {bits} of {OF_BITS} bits differ"
             yield {"kind": "near duplicate", "where": example.where, "text": text}
         earlier |= later
@@ -125,27 +124,21 @@ def shared_frames(examples: list, content: dict[str, str]):
             yield {"kind": "shared frames", "where": clips[0].where.partition(":")[0], "text": text}
 
 
-def shared_groups(examples: list):
-    """A patient, video or procedure of two splits. A group that is just a file's or example's own name is no group."""
-
-    def groups(example):
-        return [(group, group) for group in example.groups if group not in (*example.media, example.id)]
-
-    for example, name, _, first in repeated(examples, groups):
-        text = f"group {name} of {example.split} is also in {first.split} ({first.where})"
-        yield {"kind": "shared group", "where": example.where, "text": text}
+def first_of_each_split(examples: list, keys) -> list[dict]:
+    """Of each split {key: (the first example that has it, its name there)}; keys(example): (name, key)s."""
+    splits = {split: {} for split in SPLITS}
+    for example in examples:
+        for name, key in keys(example):
+            splits[example.split].setdefault(key, (example, name))
+    return list(splits.values())
 
 
-def repeated(examples: list, keys):
-    """(example, name, key, first example) of each key that an earlier split has, too; keys(example): (name, key)s."""
+def repeated(splits: list[dict]):
+    """((example, name), the first (example, name), key) of each key that an earlier split has, too."""
     first = {}
-    for split in SPLITS:
-        found = {}
-        for example in (example for example in examples if example.split == split):
-            for name, key in keys(example):
-                found.setdefault(key, (example, name))
-        yield from ((example, name, key, first[key]) for key, (example, name) in found.items() if key in first)
-        first = {key: example for key, (example, _) in found.items()} | first
+    for found in splits:
+        yield from ((found[key], first[key], key) for key in found if key in first)
+        first = found | first
 
 
 def repeated_questions(examples: list, content: dict[str, str]):
@@ -180,15 +173,6 @@ def agree(one, other) -> bool:
     pairs = [pair for a in mine for b in theirs for pair in ((a, b), (b, a))]
     # both ways: "(a) red" is answered rightly by "red", but not the other way round
     return any(score_answer(*pair, one.question_type)["exact"] for pair in pairs)
-
-
-def empty_answers(examples: list):
-    for example in (example for example in examples if says_nothing(example.answer)):
-        text = f"the answer of {example.id} is {example.answer!r}"
-        yield {"kind": "empty answer", "where": example.where, "text": text}
-
-
-# ---- what the splits hold -----------------------------------------------------------------------------------
 
 
 def overlaps(examples: list, contents: dict[str, str]) -> dict[str, dict]:
@@ -227,19 +211,22 @@ def describe_split(examples: list) -> dict:
     }
 
 
-# ---- printing -----------------------------------------------------------------------------------------------
-
-
-def print_result(result: dict, most: int = 10) -> None:
+def print_result(result: dict) -> None:
     """A line a split, a line a finding (of each kind the first ten), and whether there are any."""
     for split, found in result["splits"].items():
-        print(f"{split}: {describe(found)}")
+        n, answers = found["questions"], islice(found["answers"].items(), 3)
+        often = ", ".join(f"{shorten(answer, 16)!r} {count / n:.0%}" for answer, count in answers)
+        text = f"{n} questions of {len(found['question_types'])} types, {found['files']} files, "
+        text += f"{found['distinct_answers']} different answers, most often {often}"
+        if found["single_class"]:
+            text += f"; always the same answer to {shorten(', '.join(found['single_class']), 40)}"
+        print(f"{split}: {text}")
     counts = {kind: result["counts"][kind] for kind in KINDS if result["counts"][kind]}
     for kind, n in counts.items():
-        for finding in islice((f for f in result["findings"] if f["kind"] == kind), most):
+        for finding in islice((f for f in result["findings"] if f["kind"] == kind), 10):
             print(shorten(f"{kind}: {finding['where']}: {finding['text']}"))
-        if n > most:
-            print(f"{kind}: … and {n - most} more")
+        if n > 10:
+            print(f"{kind}: … and {n - 10} more")
     if result["counts"]["not looked at"]:
         print(f"{result['counts']['not looked at']} files could not be opened: compared by name or bytes only")
     if result["counts"]["flat"]:
@@ -247,14 +234,3 @@ def print_result(result: dict, most: int = 10) -> None:
     total, listed = sum(counts.values()), ", ".join(f"{n} {kind}" for kind, n in counts.items())
     found = f"{total} finding{'s' if total > 1 else ''} ({listed})" if total else "no findings"
     print(f"leakage check: {found}")
-
-
-def describe(split: dict) -> str:
-    """A split of `check` in a line, which names no more than fits into it."""
-    n, answers = split["questions"], islice(split["answers"].items(), 3)
-    often = ", ".join(f"{shorten(answer, 16)!r} {count / n:.0%}" for answer, count in answers)
-    text = f"{n} questions of {len(split['question_types'])} types, {split['files']} files, "
-    text += f"{split['distinct_answers']} different answers, most often {often}"
-    if split["single_class"]:
-        text += f"; always the same answer to {shorten(', '.join(split['single_class']), 40)}"
-    return text

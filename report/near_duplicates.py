@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from inputs import video_files
 from inputs.files import inside
-from inputs.images import MAX_PIXELS, MODES, to_rgb
+from inputs.images import MAX_PIXELS, MODES, open_image, to_rgb
 
 # Two pictures are one where both hold. Of the demo's frames, which share their background, copies (JPEG down to q30,
 # half the size, brighter, mirrored) differ by at most 18 bits and 7 levels; different ones within 24 bits by 21 levels
@@ -28,16 +29,22 @@ TURNED = {  # how a copy may lie: what is done with its rows and columns
 def small_picture(data: Path, name: str) -> np.ndarray | None:
     """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises ValueError."""
     try:
+        if video_files.is_frame(name):
+            return small(open_image(data, name))
         with Image.open(inside(data, name), formats=["JPEG", "PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError("too large to be opened")
             if getattr(image, "n_frames", 1) > 1 or image.mode not in (*MODES, "CMYK"):
                 return None
             image.draft("RGB", (128, 128))  # a JPEG is decoded small, 1350 x 1080 in 4 ms instead of 16
-            # an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ
-            return np.asarray(to_rgb(image).resize((32, 32), Image.Resampling.HAMMING))
+            return small(to_rgb(image))
     except Exception as error:  # damaged files make a decoder raise anything
         raise ValueError(f"{name}: {error}") from None
+
+
+def small(picture: Image.Image) -> np.ndarray:
+    """By an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ."""
+    return np.asarray(picture.resize((32, 32), Image.Resampling.HAMMING))
 
 
 def structured(picture: np.ndarray) -> bool:
@@ -51,39 +58,32 @@ def grey(pictures: np.ndarray) -> np.ndarray:
 
 def closest(earlier: list[str], later: list[str], pictures: dict[str, np.ndarray]):
     """(later, earlier, differing bits, how it is turned) of each later picture that is an earlier one again."""
-    if not earlier or not later:
+    if not earlier:
         return
-    ways = list(TURNED.values())
-    old_words = hashes([pictures[key] for key in earlier]).T.copy()  # (4, old)
-    new_words = np.stack([hashes([pictures[key][way] for key in later]) for way in ways], axis=1)  # (new, 4 ways, 4)
-    step = max(1, 2**17 // len(earlier))  # pairs that fit into a processor's cache
-    for start in range(0, len(later), step):
-        words = new_words[start : start + step]
-        # (new, 4 ways, old), a byte each: 255 is the most
-        bits = sum(np.bitwise_count(words[:, :, i, None] ^ old_words[i]) for i in range(4))
-        near = bits <= BITS
-        for j in np.flatnonzero(near.any(axis=(1, 2))):
-            turned, found = np.nonzero(near[j])
-            order = np.argsort(bits[j, turned, found], kind="stable")[:256]  # of a still video there may be thousands
-            for t, i in zip(turned[order], found[order], strict=True):
-                if largest_difference(pictures[later[start + j]][ways[t]], pictures[earlier[i]]) <= LEVELS:
-                    yield later[start + j], earlier[i], int(bits[j, t, i]), list(TURNED)[t]
-                    break
+    old = hashes([pictures[key] for key in earlier]).T.copy()  # (4 words, old)
+    for key in later:
+        turns = [pictures[key][way] for way in TURNED.values()]
+        new = hashes(turns)  # (4 ways, 4 words)
+        # (4 ways, old), a byte each: 255 is the most
+        bits = sum(np.bitwise_count(new[:, i, None] ^ old[i]) for i in range(4))
+        turned, found = np.nonzero(bits <= BITS)
+        order = np.argsort(bits[turned, found], kind="stable")[:256]  # of a still video there may be thousands
+        for t, i in zip(turned[order], found[order], strict=True):
+            if largest_difference(turns[t], pictures[earlier[i]]) <= LEVELS:
+                yield key, earlier[i], int(bits[t, i]), list(TURNED)[t]
+                break
 
 
-def hashes(pictures: list[np.ndarray], step: int = 1000) -> np.ndarray:
-    """(n, 4) uint64, of a thousand pictures at a time."""
-    return np.concatenate([perceptual_hash(np.stack(pictures[i : i + step])) for i in range(0, len(pictures), step)])
-
-
-def perceptual_hash(pictures: np.ndarray) -> np.ndarray:
-    """(n, 32, 32, 3) → (n, 4) uint64: which of the 255 slowest waves of the grey picture are above their median."""
+def hashes(pictures: list[np.ndarray]) -> np.ndarray:
+    """(n, 4) uint64 of (32, 32, 3): which of the 255 slowest waves of the grey picture are above their median."""
     k, x = np.arange(16)[:, None], np.arange(32)[None]
-    waves = np.cos(np.pi * (2 * x + 1) * k / 64).astype(np.float32)  # of a cosine transform (16, 32)
-    strength = (waves @ grey(pictures) @ waves.T).reshape(len(pictures), 256)
-    above = strength > np.median(strength[:, 1:], axis=1, keepdims=True)
-    above[:, 0] = False  # the mean says how bright it is, not what is to be seen
-    return np.packbits(above, axis=1).view(np.uint64)
+    waves, found = np.cos(np.pi * (2 * x + 1) * k / 64).astype(np.float32), []  # of a cosine transform (16, 32)
+    for start in range(0, len(pictures), 1000):
+        strength = (waves @ grey(np.stack(pictures[start : start + 1000])) @ waves.T).reshape(-1, 256)
+        above = strength > np.median(strength[:, 1:], axis=1, keepdims=True)
+        above[:, 0] = False  # the mean says how bright it is, not what is to be seen
+        found.append(np.packbits(above, axis=1).view(np.uint64))
+    return np.concatenate(found)
 
 
 def largest_difference(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,7 +1,6 @@
-"""The report's page: one HTML file that needs no other and reaches for nothing.
+"""The report's page, one HTML file that needs no other: the plain values that page.html, its markup, shows.
 
-page.html, page.css and page.js beside this module are its markup, its style, and what filters the predictions. Here
-are the plain values that the markup shows.
+page.css beside it is its style, page.js filters the predictions.
 """
 
 import base64
@@ -15,6 +14,7 @@ import jinja2
 
 from report import drawing
 from report.scoring import true_candidate
+from report.summary import number_line
 from report.thumbnails import thumbnails
 
 FOLDER = Path(__file__).parent
@@ -26,10 +26,7 @@ STATES = ("exact match", "relaxed match", "wrong", "no answer")  # page.js knows
 
 
 def entries(runs: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
-    """The records of all runs as the page shows them, their media, and what cannot be shown.
-
-    Each has its run's number, type, media (indices) and p, the probability of what was answered, beside its fields.
-    """
+    """The records of all runs with their run's number, type, media (indices) and p; these media; what is not shown."""
     shown, media, faults = [], [], []
     for number, run in enumerate(runs):
         records = run["records"][: MOST_SHOWN // len(runs)]
@@ -79,6 +76,7 @@ def page(result: dict, records: list, media: list, examples: list, figures: dict
         shown=predictions(runs, records, media) if records else None,
         faults=faults,
         examples=examples,
+        number_line=number_line,
         started=started(runs),
         style=(FOLDER / "page.css").read_text("utf-8"),
         script=script,

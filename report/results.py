@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from report.baselines import blind_answers
+from report.baselines import blind_answers, number_medians
 from report.summary import results_table, summarise
 from report.write import write_report
 from runtime import card
@@ -27,11 +27,14 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     on_first_rank(lambda: refuse_lost(run.folder))
     write_jsonl(predictions, records)
     print(results_table(results))
-    state = on_first_rank(lambda: read_json(run.checkpoint / "state.json"))  # only now: what fails costs no answers
-    results |= {"checkpoint": str(run.checkpoint), "step": state["step"], "steps": state["same"].get("steps")}
+    results |= {"checkpoint": None, "step": 0, "steps": None}  # of the model as it is
+    if run.checkpoint:  # only now: what fails costs no answers
+        state = on_first_rank(lambda: read_json(run.checkpoint / "state.json"))
+        results |= {"checkpoint": str(run.checkpoint), "step": state["step"], "steps": state["same"].get("steps")}
+        results |= {"lowest_val_loss": run.best == state["step"]} if run.best else {}  # where it is known
     results |= own() if own else {}
     write_json(run.folder / "results.json", results)
-    if not args.blind:
+    if run.checkpoint and not args.blind:
         on_first_rank(lambda: card.update(task, run))
     print(f"{len(records)} questions answered, {results['cut_off']} cut off before EOS, listed in {predictions}")
     if args.report and not args.blind:
@@ -40,6 +43,9 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
 
 
 def add_baselines(records: list[dict], asked: list, train_examples: list, score) -> None:
-    """Put into each record's `baselines` whether each baseline's answer is an exact match."""
+    """Put into each record's `baselines` whether each baseline's answer is exact; of a number also the `median`."""
+    medians = number_medians(train_examples)
     for record, example, guesses in zip(records, asked, blind_answers(train_examples, asked), strict=True):
         record["baselines"] = {name: score(text, example)["exact"] for name, text in guesses.items()}
+        if example.question_type in medians and not example.candidates:
+            record["median"] = medians[example.question_type]

@@ -1,8 +1,9 @@
 """When is an answer right? Complete answers only are compared; a missing answer is wrong and stays in the denominator.
 
-An answer is never searched for in a text: "no" stands inside "normal", "male" inside "female". `normalise` says what
-makes no difference, `score_answer` compares a prediction with one true answer, and `score` with all forms of an
-example's. Every exact or relaxed match of this project is decided in this file.
+An answer is never searched for in a text: "no" stands inside "normal", "male" inside "female". Only where a type is of
+numbers, the one that a text holds is read (`number_said`). `normalise` says what makes no difference, `score_answer`
+compares a prediction with one true answer, and `score` with all forms of an example's. Every exact or relaxed match of
+this project is decided in this file.
 """
 
 import functools
@@ -15,6 +16,8 @@ UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 NUMBERS = [*UNITS, *(f"{ten} {unit}".strip() for ten in TENS for unit in ["", *UNITS[1:10]]), "one hundred"]  # 0 to 100
 NUMBER_WORDS = "|".join(sorted(NUMBERS, key=len, reverse=True)).replace(" ", "[ -]")  # "sixty-one" before "sixty"
+OTHERWISE = "minus|negative|no|not|than|under|over|above|below|at (?:least|most)|up to|plus"  # with these it is another
+OTHERWISE += r"|(?:and|or) (?:up|more|less|older)|point \d+|half|thirds?|quarters?|dozen|hundred|thousand|million"
 SAME_SIGN = str.maketrans({**dict.fromkeys("‐‑‒–—―−", "-"), **dict.fromkeys("'‘’"), "≥": ">=", "≤": "<="})
 
 # ---- what makes no difference ------------------------------------------------------------------------------
@@ -79,6 +82,8 @@ def score_answer(prediction, answer, type: str, candidates=None) -> dict[str, bo
                      and of nothing else where both say of what ("2 ulcers" is wrong for "2 polyps").
     Of a set each member needs a match of its own. For every other type, also a data set's own, relaxed = exact.
 
+    A "number" (see `is_number`) without candidates is also exact where it is the same: "about 63 years" for "63.0".
+
     Raises ValueError for an answer that is None, "nan" or without letters and digits: never score such an example.
     """
     true, predicted = members(answer), members(prediction)
@@ -87,6 +92,8 @@ def score_answer(prediction, answer, type: str, candidates=None) -> dict[str, bo
     exact = predicted == true
     if type == "mcq" and predicted and not exact:
         exact = predicted == members(option_text(answer, candidates))
+    if is_number(type) and not candidates and (pair := number_pair(prediction, answer)):
+        exact = pair[0] == pair[1]
     relaxed = exact
     if type == "size_numeric":
         relaxed = exact or pair_up([*map(size_mm, predicted)], [*map(size_mm, true)], same_size)
@@ -138,6 +145,38 @@ def caption(prediction: str | None, true: str) -> dict[str, bool]:
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
+
+ONE_NUMBER = "must hold exactly one number, in digits with a point and no separators, such as 63.5 or 1204"
+
+
+def is_number(type: str) -> bool:
+    """Is it "number", or a data set's own, such as "age:number"?"""
+    return type.rpartition(":")[2].strip().lower() == "number"
+
+
+@functools.lru_cache(2**16, typed=True)
+def number_said(text) -> tuple[float, str] | None:
+    """(63.5, "year") of "About 63.5 years.": the only number of a text and the word behind it, if any.
+
+    None where it is none or several, a range or a bound ("60-65", "<63", "over 63"), or may be read as another: "63,5",
+    "1,204", "1'204", "10³", ".5", "- 63". The 1 of "T1" is none.
+    """
+    found, signed = members(text), unicodedata.normalize("NFKC", str(text)).translate(SAME_SIGN)
+    words = found.pop() if len(found) == 1 else ""
+    numbers = [word for word in words.split() if re.search(r"\d", word) and not (word.isalnum() and word[0].isalpha())]
+    number = r"(?<!\S)[~≈=+]?(-?\d{1,15}(?:\.\d+)?) ?([^\W\d_]*m[23]|[^\W\d_]+|%)?(?!\S)"
+    number = re.search(number, words) if len(numbers) == 1 and len(words) <= LONGEST else None
+    doubtful = re.search(r"\d['‘’¹²³⁰⁴-⁹]", str(text)) or re.search(rf"[<>≠±]|\d ?\+|\b(?:{OTHERWISE})\b", words)
+    if not number or doubtful or number[1].startswith("-") != bool(re.search(r"-\s*[.\d]", signed)):  # a lost sign
+        return None
+    return float(number[1]), re.sub(r"(?<=\w\w)s$", "", number[2] or "")
+
+
+def number_pair(prediction, answer) -> tuple[float, float] | None:
+    """The predicted number and the true one; None also where the words behind them are two: months, years."""
+    said, true = number_said(prediction), number_said(answer)
+    same = said and true and (said[1] == true[1] or "" in (said[1], true[1]))
+    return (said[0], true[0]) if same else None
 
 
 def size_mm(text: str) -> tuple[float, float, bool] | None:

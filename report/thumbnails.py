@@ -4,13 +4,14 @@ import base64
 import io
 import re
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from inputs import videos, volumes
+from inputs import video_files, videos, volumes
 from inputs.files import inside
 
 KINDS = dict.fromkeys((".jpg", ".jpeg", ".png"), "frame")  # several of them in a row are a clip
@@ -19,7 +20,6 @@ KINDS |= dict.fromkeys((".nii", ".gz", ".img", ".npy", ".npz"), "volume")
 HEIGHT, STRIP_HEIGHT, WIDEST, GAP = 112, 84, 448, 2  # pixels
 MOST_FRAMES, MOST_DECODED = 4, 1000  # frames of a clip that are shown; of an animation that are looked at
 MOST_PIXELS, MOST_VOXELS = 50_000_000, 2**27
-MOST_NAMED = 20  # files that cannot be shown
 MOST_SOUND = 400_000  # bytes, 12 seconds of 16 kHz
 PICTURES_SHARE = 0.75  # of the budget, where there is sound, too: it is heavy
 
@@ -29,7 +29,7 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
 
     Wrong predictions come first, then right ones spread evenly over the records; when the budget (characters of all
     data URIs) is full, nothing more is opened. Pictures come before sound. What cannot be shown is left out; the
-    faults name some of these files, and count the others.
+    faults say how many files nobody tried, then name each that was tried.
     """
     named = {name for record in records for name in record["media"]}
     if folder is None or not folder.is_dir():  # a run folder may be a stranger's
@@ -57,16 +57,14 @@ def thumbnails(folder: Path | None, records: list[dict], budget: int) -> tuple[l
             media.append(entry)
             used += len(entry["src"])
         of[i] += [made[thing]] if made.get(thing) is not None else []
-    missing, more = faults[:MOST_NAMED], len(faults) - MOST_NAMED
-    missing += [f"… and {more:,} more"] if more > 0 else []
     unknown = sum(kind_of(name) is None for name in named)
-    missing += [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
+    counts = [f"{unknown:,} {'file' if unknown == 1 else 'files'} of no known kind"] if unknown else []
     left = Counter(kind for kind, _ in {thing for _, thing in jobs} - made.keys())
-    return media, of, missing + [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())]
+    return media, of, counts + [f"no room left: {n:,} × {kind}" for kind, n in sorted(left.items())] + faults
 
 
 def kind_of(name: str) -> str | None:
-    return KINDS.get(Path(name).suffix.lower())
+    return "frame" if video_files.is_frame(name) else KINDS.get(Path(name).suffix.lower())
 
 
 def things(names: list[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -83,9 +81,6 @@ def fault(folder: Path, names: tuple[str, ...], error: Exception) -> str:
     return text if any(name in text for name in names) else f"{', '.join(names)}: {text}"
 
 
-# ---- one thumbnail ----
-
-
 def thumbnail(folder: Path, kind: str, names: tuple[str, ...]) -> dict:
     """{kind: image, strip, slices or sound; src: a data URI; name}. Of a damaged file a reader raises anything."""
     path = inside(folder, names[0])
@@ -94,8 +89,11 @@ def thumbnail(folder: Path, kind: str, names: tuple[str, ...]) -> dict:
             content = file.read(MOST_SOUND + 1)
         if len(content) > MOST_SOUND or not content.startswith(b"RIFF"):
             raise ValueError(f"no WAV file of at most {MOST_SOUND:,} bytes")
-        return {"kind": "sound", "src": data_uri("audio/wav", content), "name": names[0]}
-    if kind == "volume" and not is_video(path):
+        source = f"data:audio/wav;base64,{base64.b64encode(content).decode()}"
+        return {"kind": "sound", "src": source, "name": names[0]}
+    if kind == "volume":
+        with suppress(ValueError):  # an array may hold frames, and no volume
+            return thumbnail(folder, "pictures", names)
         return {"kind": "slices", "src": jpeg(slices(*open_volume(path))), "name": names[0]}
     read = (videos.read_frames(folder, name, largest=MOST_PIXELS) for name in names)
     if len(names) > 1:
@@ -114,14 +112,6 @@ def side_by_side(pictures: list[Image.Image], height: int) -> Image.Image:
     for i, picture in enumerate(pictures):
         strip.paste(picture, (sum(p.width + GAP for p in pictures[:i]), 0))
     return strip
-
-
-def is_video(path: Path) -> bool:
-    """Does an array hold frames, as inputs.videos reads them, and no volume?"""
-    if path.suffix.lower() != ".npy":
-        return False
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 def open_volume(path: Path) -> tuple[np.ndarray, tuple]:
@@ -165,8 +155,4 @@ def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
 def jpeg(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=70, optimize=True)
-    return data_uri("image/jpeg", buffer.getvalue())
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -5,18 +5,17 @@ from itertools import combinations
 from pathlib import Path
 
 from report import drawing
-from report.compare import add_blind_runs, compare, seeds_of
-from report.figures import summarise_run
+from report.compare import BEFORE, add_blind_runs, compare, seeds_of
 from report.page import entries, page
 from report.read import read_run
-from report.summary import ends, percent, results_table
+from report.summary import ends, percent, results_table, summarise_run
 from runtime.files import write_json, write_text, writing
 
 
 def write(runs: list[dict], out: Path) -> dict:
     """report.html, results.json and the figures of one or several runs, into the folder `out`; returns the results.
 
-    `runs` are those of read.read_run or predictions.read_predictions; only a run that has a folder has blind runs.
+    `runs` are those of read.read_run or examples.read_predictions; only a run that has a folder has blind runs.
     Ends where `out` cannot be written.
     """
     found = [summarise_run(run) for run in runs]
@@ -61,18 +60,14 @@ def print_result(result: dict) -> None:
         if interval and interval[0] <= 0:
             print("NO gain over its best blind baseline is shown: the interval of the gain is not above zero")
         for mode, entry in run["blind"].items():
-            seen = difference_text(entry["difference"], entry["difference_interval"])
-            print(f"{mode} media: {entry['exact']:.1%} of {entry['n']} questions; seeing adds {seen}")
+            added = f"{entry['difference']:+.1%} ({ends(entry['difference_interval'], '+')})"
+            what, how = (mode, "training") if mode == BEFORE else (f"{mode} media", "seeing")
+            print(f"{what}: {entry['exact']:.1%} of {entry['n']} questions; {how} adds {added}")
         if "calibration" in run["micro"]:
             print(f"expected calibration error {run['micro']['calibration']['ece']:.3f}")
     for pair in result["comparisons"]:
-        text = difference_text(pair["micro"]["difference"], pair["micro"]["interval"])
+        text = f"{pair['micro']['difference']:+.1%} ({ends(pair['micro']['interval'], '+')})"
         print(f"\n{pair['a']} less {pair['b']}, {pair['n']} questions: {text}")
     for part in result["seeds"]:
         mean, sd, least, most = (percent(part["micro"][name]) for name in ("mean", "sd", "least", "most"))
         print(f"\n{len(part['seeds'])} seeds: {mean} ± {sd} (standard deviation), {least} – {most}")
-
-
-def difference_text(difference: float, interval: list | None) -> str:
-    """A difference in points, with its interval."""
-    return f"{difference:+.1%} ({ends(interval, '+')})"

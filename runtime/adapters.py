@@ -13,6 +13,7 @@ from torch import nn
 
 from common import LoRALinear, add_lora, lora_layers
 from runtime.folders import header, read_json
+from runtime.shards import as_sharded
 
 PREFIX = "base_model.model."  # peft's, before the name of every tensor
 UNSUPPORTED = ["use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "fan_in_fan_out"]
@@ -25,7 +26,7 @@ def save_trained(model: nn.Module, folder: Path, trained: dict[str, torch.Tensor
     if lora_layers(model):
         save_adapter(model, folder)
     else:
-        save_file(trained, Path(folder) / "model.safetensors")
+        save_file(trained, folder / "model.safetensors")
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -33,7 +34,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if lora_layers(model):
         load_adapter(model, folder)
         return
-    tensors = read_tensors(Path(folder) / "model.safetensors")
+    tensors = read_tensors(folder / "model.safetensors")
     copy(tensors, {name: p for name, p in model.named_parameters() if p.requires_grad}, folder)
 
 
@@ -74,7 +75,6 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     for name in plain:
         tensors |= {f"{name}.{key}": tensor for key, tensor in model.get_submodule(name).state_dict().items()}
     tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -86,9 +86,7 @@ def load_adapter(model: nn.Module, folder: Path) -> list[str]:
     Returns the names of the LoRA layers. Every key of the file must have its place and every adapter and trained
     module of the model its key; anything else raises ValueError, as do peft features not supported here.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_tensors(folder / "adapter_model.safetensors")
+    config, tensors = read_config(folder), read_tensors(folder / "adapter_model.safetensors")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     r, alpha, dropout, rslora = (config[name] for name in VALUES)
@@ -168,4 +166,4 @@ def copy(tensors: dict[str, torch.Tensor], places: dict[str, torch.Tensor], fold
         if places[name].shape != tensor.shape:
             raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the model {tuple(places[name].shape)}")
     for name, tensor in tensors.items():
-        places[name].copy_(tensor)
+        places[name].copy_(as_sharded(tensor, places[name]))

@@ -10,10 +10,7 @@ from runtime.batches import to_device
 
 @torch.no_grad()
 def heeds_mask(model, trees: list, task, run) -> None:
-    """Ends the program unless packed texts are read as if each were alone, and logits are the model's own.
-
-    Before step 0, over the first prompt trees, with their media.
-    """
+    """Ends the program unless the first trees, packed, are read as if each were alone, and logits are the model's."""
     model.eval()
     trees = (trees * 2)[: max(2, min(4, len(trees)))]  # something must stand before and beside a text
     packed, together = read(model, trees, task, run)
@@ -26,7 +23,7 @@ def heeds_mask(model, trees: list, task, run) -> None:
     if apart > 0.05:  # bfloat16 rounds to 0.004
         text = f"what is packed beside a text changes how it is read (by {apart:.1%})"
         raise SystemExit(f"--model {run.args.model}: {text}: it does not heed attention_mask and position_ids")
-    refuse_other_logits(model, trees[0], run)
+    refuse_other_logits(model, trees[0], task, run)
     print("packed texts are read as if each were alone: tested on the first prompts")
 
 
@@ -43,14 +40,12 @@ def read(model, trees: list, task, run) -> tuple[dict, torch.Tensor]:
         return batch, model.hidden(batch["input_ids"], batch["position_ids"], mask, media=batch)[0]
 
 
-def refuse_other_logits(model, tree, run) -> None:
+def refuse_other_logits(model, tree, task, run) -> None:
     """Ends the program where logits are more than the output embedding of the last hidden states, scaled or capped."""
-    [text] = common.pack([common.Prompt([], tree.branches[:1], ["a text"])], len(tree))  # without its media
-    text = to_device(text, run.device)
-    mask = common.visible(text["document"], text["branch"])
+    text, hidden = read(model, [common.Prompt([], tree.branches[:1], ["a text"])], task, run)  # without its media
     with run.autocast():
-        ours = model.lm_head(model.hidden(text["input_ids"], text["position_ids"], mask)).float()
-        theirs = model.vlm(input_ids=text["input_ids"], use_cache=False).logits.float()
+        ours = model.lm_head(hidden).float()
+        theirs = model.vlm(input_ids=text["input_ids"], use_cache=False).logits[0].float()
     if (ours - theirs).norm() > 0.05 * theirs.norm():
         text = "its logits are more than its output embedding of the last hidden states, scaled or capped"
         raise SystemExit(f"--model {run.args.model}: {text}, which is not supported")

@@ -13,6 +13,7 @@ import jinja2
 from transformers import GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from runtime import original_llava
 from runtime.files import write_json, write_text
 from runtime.folders import read_json
 
@@ -64,10 +65,12 @@ def text(target: Path, folder: Path, task, run) -> str:
     of_it = answered.name == run.checkpoint.name and (not answered.exists() or answered.samefile(run.checkpoint))
     of_it = of_it and found.stat().st_mtime > state.stat().st_mtime  # not of one that it replaced
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "ends": ends}
+    adapter = (target / "adapter_config.json").is_file()
+    published = adapter and original_llava.is_one(folder)
+    of_base = "its base as it is published, but what --merge writes" if published else None
     asking = None if task.unreadable else messages(task)
     return environment.from_string(Path(__file__).with_name("card.md").read_text("utf-8")).render(
-        adapter=(target / "adapter_config.json").is_file(),
+        adapter=adapter,
         base=run.args.model,
         base_name=Path(run.args.model).absolute().name,
         revision=revision(folder),
@@ -80,7 +83,7 @@ def text(target: Path, folder: Path, task, run) -> str:
         checkpoint=run.checkpoint.name,
         script=config.get("script", "a script"),
         command=shlex.join(["python", config.get("script", "SCRIPT"), *config.get("argv", []), *ANSWERING]),
-        unreadable=task.unreadable or (asking is None and "prompts as this script writes them"),
+        unreadable=task.unreadable or of_base or (asking is None and "prompts as this script writes them"),
         messages=asking,
         results=results if of_it else None,
         answered=Path(results.get("data") or "unknown data").absolute().name,
@@ -89,15 +92,20 @@ def text(target: Path, folder: Path, task, run) -> str:
 
 def messages(task) -> str | None:
     """Python code of the conversation that asks `question` (of `question_type`) about `image`."""
-    asked = {"question": "{question}", "question_type": "{question_type}", "history": [], "media": ["image"]}
+    asked = {"question": "{question}", "question_type": "{question_type}", "history": [], "system": ""}
+    asked["media"] = ["image"]
     try:
         turns = task.messages(SimpleNamespace(**asked))
     except AttributeError:  # it asks with fields that only the script's own examples have
         return None
     if turns is None:  # it uses no chat template
         return None
-    code = "".join(f"    {json.dumps(turn)},\n" for turn in turns)
-    code = re.sub(r'(?<!\\)"(?=(\\.|[^"\\])*\{question)', 'f"', code)  # a text that names one of them
+    code = ""
+    for turn in turns:
+        line = json.dumps(turn, ensure_ascii=False)  # JSON's \ud83d\ude00 are no character to Python
+        if turn["role"] != "system":  # a text that names one of them; {question} of a system text is no field
+            line = re.sub(r'(?<!\\)"(?=(\\.|[^"\\])*\{question)', 'f"', line)
+        code += f"    {line},\n"
     return "[\n" + code.replace('{"type": "image"}', '{"type": "image", "image": image}') + "]"
 
 
@@ -125,11 +133,3 @@ def license_of(folder: Path) -> str | None:
 
 def if_there(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def ends(interval: list[float] | None) -> str:
-    return " – ".join(map(percent, interval)) if interval else "one group"

@@ -86,7 +86,6 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -99,6 +98,6 @@ def fingerprint(values) -> str:
     return digest.hexdigest()
 
 
-def progress(iterable=None, **settings) -> tqdm:
+def progress(iterable=None, shown: bool = True, **settings) -> tqdm:
     """A progress bar where there is a terminal, on the first rank."""
-    return tqdm(iterable, dynamic_ncols=True, disable=not sys.stderr.isatty() or rank() > 0, **settings)
+    return tqdm(iterable, dynamic_ncols=True, disable=not (shown and sys.stderr.isatty() and rank() == 0), **settings)

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import textwrap
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,20 +79,20 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def shared(doc: str, tunings: dict[str, str] | None = None, **defaults) -> Parser:
+def shared(doc: str, tunings: dict[str, str] | None = None, parts: dict[str, str] | None = None, **defaults) -> Parser:
     """A parser with the options of every script.
 
     `defaults` are the script's own values for them, `tunings` its own {choice of --tune: what it means}, the default
-    first.
+    first, `parts` {name: pattern of parameters} what can have a rate of its own.
     """
     parser = Parser(doc)
     add_data(parser.add_argument_group("what to train on").add_argument)
     add_trained(parser.add_argument_group("what is trained").add_argument, tunings or LORA_AND_FULL)
-    add_training(parser.add_argument_group("how it is trained").add_argument)
+    add_training(parser.add_argument_group("how it is trained").add_argument, parts or {})
     add_machine(parser.add_argument_group("where it runs").add_argument)
     add_saving(parser.add_argument_group("saving, resuming, answering").add_argument)
     add_modes(parser.add_argument_group("modes instead of training").add_argument)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(parts=parts or {}, **defaults)
     return parser
 
 
@@ -117,8 +117,11 @@ def add_trained(add, tunings: dict[str, str]) -> None:
     add("--lora-dropout", type=chance, metavar="P", default=0.05, help="probability, below 1 (default: %(default)s)")
 
 
-def add_training(add) -> None:
+def add_training(add, parts: dict[str, str]) -> None:
     add("--lr", type=from_0, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    for part in parts:
+        name = f"lr-{part}"
+        add(f"--{name}", type=from_0, metavar="RATE", help=f"that of the {part} part (default: --lr)")
     text = "share of the steps until the peak; then half a cosine to zero (default: %(default)s)"
     add("--warmup", type=share, metavar="SHARE", default=0.03, help=text)
     add("--weight-decay", type=from_0, metavar="W", default=0.0, help="matrices lose W x lr (default: %(default)s)")
@@ -131,6 +134,7 @@ def add_training(add) -> None:
     add("--pack-tokens", type=positive, metavar="N", default=4096, help=text)
     text = "read an image once for all its questions (default: yes)"
     add("--share-prefix", action=YES_NO, default=True, help=text)
+    add("--augment", action=YES_NO, default=False, help="train on media a little turned, scaled and lit (default: no)")
     add("--seed", type=count, metavar="N", default=0, help="of every random draw (default: %(default)s)")
 
 
@@ -149,10 +153,14 @@ def add_machine(add) -> None:
 
 
 def add_saving(add) -> None:
-    text = "optimizer steps between checkpoints, of which two are kept (default: %(default)s)"
+    text = "optimizer steps between checkpoints; the two newest, and the best, are kept (default: %(default)s)"
     add("--save-every", type=positive, metavar="N", default=200, help=text)
     text = "optimizer steps between validation losses, each after a checkpoint (default: %(default)s)"
     add("--eval-every", type=positive, metavar="N", default=200, help=text)
+    text = "end after N validations without a lower loss (default: all of the steps)"
+    add("--patience", type=positive, metavar="N", help=text)
+    text = "best or last: the checkpoint of the lowest validation loss, or the newest (default: %(default)s)"
+    add("--answer-with", choices=["best", "last"], default="best", metavar="WHICH", help=text)
     text = "auto (newest complete checkpoint of RUN), none, or a checkpoint's folder (default: %(default)s)"
     add("--resume", default="auto", metavar="WHAT", help=text)
     text = "resume although settings or data have changed since the checkpoint (default: no)"
@@ -175,7 +183,10 @@ def add_modes(add) -> None:
     add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
     text = f"overfit the first N examples in at most {OVERFIT_STEPS} steps (--max-steps); exit code 1 if one is wrong"
     add("--overfit", type=positive, metavar="N", help=text)
-    add("--eval-only", action="store_true", help="answer --eval-split with what --resume has trained")
+    text = "answer --eval-split with what --resume has trained; none: the base, into RUN/baseline"
+    add("--eval-only", action="store_true", help=text)
+    text = "answer questions: JSON lines, - is standard input; printed, or in RUN/answers.jsonl"
+    add("--predict", metavar="FILE", help=text)
     add("--merge", metavar="DIR", help="write the model with what --resume has trained as a new model folder")
 
 
@@ -184,7 +195,8 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = argv
-    needed = ["model"] if args.merge or (args.check and not args.data) else ["model", "data", "out"]
+    alone = args.merge or args.predict or (args.check and not args.data)
+    needed = ["model"] if alone else ["model", "data", "out"]
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} required")
@@ -194,17 +206,34 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         parser.error("--merge: --out RUN required, or --resume FOLDER")
     if args.merge and os.path.lexists(args.merge):  # a model, perhaps the base itself
         parser.error(f"--merge {args.merge}: it exists already; name a new folder")
-    modes = [f"--{name.replace('_', '-')}" for name in ("check", "overfit", "eval_only", "merge") if vars(args)[name]]
-    if len(modes) > 1 and (args.merge or not args.check):  # --check looks at what the others begin with
+    modes = ("check", "overfit", "eval_only", "merge", "predict")
+    modes = [f"--{name.replace('_', '-')}" for name in modes if vars(args)[name]]
+    if len(modes) > 1 and (args.merge or args.predict or not args.check):  # --check looks at what the others begin with
         parser.error(f"{' and '.join(modes)}: one at a time")
+    if args.lr == 0 and any(getattr(args, f"lr_{part}") is not None for part in args.parts):
+        parser.error("--lr 0: other rates are multiples of it; give it above 0")
     if args.blind and not args.eval_only:
         parser.error("--blind is for --eval-only")
+    if args.predict and args.data:
+        parser.error(f"--predict {args.predict} is read instead of --data; leave --data out")
+    if args.eval_only and args.resume == "none":  # the model before it is trained
+        args.out, args.report = f"{args.out}/baseline", False
     if args.overfit:
         args.resume, args.max_steps = "none", args.max_steps or OVERFIT_STEPS
         args.epochs, args.out, args.eval_split = args.max_steps, f"{args.out}/overfit", "train"
-    print_settings(parser, args)
+        args.answer_with, args.patience = "last", None  # it ends once all is learned
+    with printing(args):
+        print_settings(parser, args)
     args.media_root = args.media_root or args.data
+    if args.predict:
+        args.eval_only, args.media_root = True, args.media_root or str(Path(args.predict).parent)
+        args.resume = args.resume if args.out or args.resume != "auto" else "none"
     return args
+
+
+def printing(args: argparse.Namespace):
+    """Whatever --predict prints that is no answer goes to standard error."""
+    return redirect_stdout(sys.stderr) if args.predict else nullcontext()
 
 
 def print_settings(parser: Parser, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,7 +24,7 @@ SECONDS, WAITED = 10, 200  # of computing, and in all: what a chat template may 
 ROOM, LONGEST = 2**30, 2**20  # bytes and characters
 
 
-def find(name: str, weights: bool = True, tries: int = 5, flag: str = "--model") -> Path:
+def find(name: str, weights: bool = True, flag: str = "--model") -> Path:
     """The folder of a model, downloaded first where `name` is a hub ID; SystemExit where it cannot be used.
 
     Without `weights` only the configuration and tokenizer are needed (and fetched). `flag` is named in messages.
@@ -32,30 +33,26 @@ def find(name: str, weights: bool = True, tries: int = 5, flag: str = "--model")
     if not folder.is_dir():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
             raise SystemExit(f"{flag} {name}: no such folder (a hub ID looks like organisation/name)")
-        folder = download(name, weights, tries, flag)
+        folder = download(name, weights, flag)
     found = problems(folder, weights)
     if found:
         raise SystemExit("\n".join([f"{flag} {name} cannot be used:", *(f"  {problem}" for problem in found)]))
     return folder
 
 
-def download(name: str, weights: bool, tries: int, flag: str) -> Path:
+def download(name: str, weights: bool, flag: str, tries: int = 5) -> Path:
     """Fetch a model from the hub; finished files are kept, so that each try resumes where the last one stopped."""
-    from huggingface_hub import snapshot_download  # comes with transformers
-    from huggingface_hub.errors import HfHubHTTPError
-
     patterns = ["README.md", "*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     for attempt in range(1, tries + 1):
         try:
-            return Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, HfHubHTTPError) as error:
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        except OSError as error:  # the hub's own errors are some, too
             status = getattr(getattr(error, "response", None), "status_code", None)
             offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")  # a compute node: slurm/download.sh
             if attempt == tries or offline or status in (401, 403, 404):
                 raise SystemExit(f"{flag} {name}: neither a folder here nor to be downloaded: {error}") from None
             print(f"download of {name} failed ({error}); try {attempt + 1} of {tries}", flush=True)
             time.sleep(2**attempt)
-    raise AssertionError("unreachable")
 
 
 def problems(folder: Path, weights: bool = True) -> list[str]:

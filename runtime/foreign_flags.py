@@ -8,6 +8,9 @@ NAMES = {
         *("--global-batch-size", "--micro-batch-size", "--gradient-accumulation-steps", "--grad-accum"),
     ),
     "--lr": ("--learning-rate", "--base-lr"),
+    "--lr-projector": ("--mm-projector-lr", "--projector-lr", "--merger-lr"),
+    "--patience": ("--early-stopping-patience", "--early-stopping"),
+    "--answer-with": ("--load-best-model-at-end",),
     "--epochs": ("--num-train-epochs", "--num-epochs", "--n-epochs", "--epoch"),
     "--max-steps": ("--max-train-steps", "--num-steps", "--num-train-steps"),
     "--warmup": ("--warmup-ratio", "--warmup-steps"),
@@ -29,7 +32,8 @@ NAMES = {
     "--parallel": ("--fsdp", "--deepspeed", "--ddp", "--tensor-parallel-size"),
     "--limit": ("--max-samples", "--max-train-samples", "--max-eval-samples", "--num-samples"),
     "--max-answer-tokens": ("--max-new-tokens", "--generation-max-length"),
-    "--eval-only": ("--do-eval", "--do-predict", "--predict-with-generate", "--evaluate"),
+    "--eval-only": ("--do-eval", "--predict-with-generate", "--evaluate"),
+    "--predict": ("--do-predict", "--predict-only", "--infer", "--inference", "--generate"),
     "--seed": ("--data-seed", "--random-seed"),
 }
 REMARKS = {

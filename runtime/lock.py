@@ -7,92 +7,83 @@ import stat
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.files import writing
 from runtime.ranks import on_first_rank
 
+TOUCH, PATIENCE = 10.0, 120.0  # seconds
 
-class Lock:
-    """Held by a run while it writes its folder; a second run is refused, a dead one's lock taken.
+
+@contextmanager
+def locked(folder: Path):
+    """A run's own while it writes its folder; a second run is refused, a dead one's lock taken.
 
     Whether a process of this host and container lives is asked of the kernel. Of another nothing can be asked: there
     the owner touches the file every ten seconds, and a lock that nobody touches for two minutes is a dead run's (one
     minute is how long a network file system may show an old time).
     """
+    path, text, done = folder / "lock", json.dumps(process(os.getpid())), threading.Event()
+    on_first_rank(lambda: take(path, text, done))
+    try:
+        yield
+    finally:
+        done.set()
+        if text_of(path) == text:
+            path.unlink(missing_ok=True)
 
-    touch, patience = 10.0, 120.0  # seconds
 
-    def __init__(self, folder: Path):
-        self.path = folder / "lock"
-        self.text = json.dumps(process(os.getpid()))
-        self.done = threading.Event()
+def take(path: Path, text: str, done: threading.Event) -> None:
+    """Write the lock, and touch it until `done`; SystemExit where another run lives."""
 
-    def __enter__(self) -> "Lock":
-        on_first_rank(self.take)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        if text_of(self.path) == self.text:
-            self.path.unlink(missing_ok=True)
-
-    def take(self) -> None:
-        """Write the lock; SystemExit where another run lives."""
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                try:
-                    with self.path.open("x") as file:
-                        file.write(self.text)
-                    break
-                except FileExistsError:
-                    self.wait_for_the_dead()
-        threading.Thread(target=self.keep, daemon=True).start()
-
-    def keep(self) -> None:
-        """Touch the lock until it is given back."""
-        while not self.done.wait(self.touch):
+    def keep() -> None:
+        while not done.wait(TOUCH):
             with suppress(OSError):  # tried again; if it is gone for good, the next checkpoint says so
-                os.utime(self.path)
+                os.utime(path)
 
-    def wait_for_the_dead(self) -> None:
-        """Remove the lock of a dead run; SystemExit where its run lives."""
-        text = text_of(self.path)
-        if text is None:
-            return
-        touched = self.path.stat().st_mtime_ns
-        try:
-            owner = json.loads(text)
-            where = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError, TypeError):
-            owner, where = {}, "an unknown process"
-        living = f"{self.path.parent} is in use by {where}: stop it first, or use another --out"
-        if owner.items() >= place().items():
-            if owner == process(owner["pid"]):
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError), path.open("x") as file:
+                file.write(text)
+                break
+            remove_dead(path)
+    threading.Thread(target=keep, daemon=True).start()
+
+
+def remove_dead(path: Path) -> None:
+    """Remove the lock of a dead run; SystemExit where its run lives."""
+    text = text_of(path)
+    if text is None:
+        return
+    touched = path.stat().st_mtime_ns
+    try:
+        owner = json.loads(text)
+        where = f"process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        owner, where = {}, "an unknown process"
+    living = f"{path.parent} is in use by {where}: stop it first, or use another --out"
+    if owner.items() >= place().items():
+        if owner == process(owner["pid"]):
+            raise SystemExit(living)
+    else:
+        print(f"{path} is of {where}: waiting {PATIENCE:.0f} s for a sign of life", flush=True)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            time.sleep(TOUCH / 10)
+            if text_of(path) != text:  # given back, or taken over by somebody else
+                return
+            if path.stat().st_mtime_ns != touched:
                 raise SystemExit(living)
-        else:
-            print(f"{self.path} is of {where}: waiting {self.patience:.0f} s for a sign of life", flush=True)
-            end = time.monotonic() + self.patience
-            while time.monotonic() < end:
-                time.sleep(self.touch / 10)
-                if text_of(self.path) != text:  # given back, or taken over by somebody else
-                    return
-                if self.path.stat().st_mtime_ns != touched:
-                    raise SystemExit(living)
-        self.take_over(text, where)
-
-    def take_over(self, text: str, where: str) -> None:
-        """Remove a dead run's lock, unless another run was quicker."""
-        mine = self.path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
-        with suppress(FileNotFoundError):  # of several that wait, one can rename it
-            self.path.rename(mine)
-            if text_of(mine) == text:
-                print(f"{self.path} was left by {where}, which has ended: taken over")
-                mine.unlink()
-            else:  # another was quicker, and this is its lock
-                mine.rename(self.path)
+    mine = path.with_name(f"lock.{socket.gethostname()}.{os.getpid()}")
+    with suppress(FileNotFoundError):  # of several that wait, one can rename it
+        path.rename(mine)
+        if text_of(mine) == text:
+            print(f"{path} was left by {where}, which has ended: taken over")
+            mine.unlink()
+        else:  # another was quicker, and this is its lock
+            mine.rename(path)
 
 
 def text_of(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import common
-from runtime import adapters, card, checkpoints, folders, show
+from runtime import adapters, card, checkpoints, folders, optimizers, original_llava, show
 from runtime.files import replacing, write_json
 from runtime.folders import read_json, readable
 from runtime.ranks import on_first_rank
@@ -31,7 +31,7 @@ def find(name: str, weights: bool, flag: str = "--model") -> Path:
 
     All ranks must call it. SystemExit where files are missing or cut off.
     """
-    return Path(on_first_rank(lambda: str(folders.find(name, weights, flag=flag))))
+    return Path(on_first_rank(lambda: str(original_llava.find(name, weights, flag))))
 
 
 def find_part(args, kind: str, default: str | None = None) -> None:
@@ -64,7 +64,7 @@ def part_fingerprint(folder: Path) -> str:
 def config(folder: Path, kinds: str | tuple[str, ...] = (), remedy: str = "", flag: str = "--model", grafted=False):
     """The configuration, whose model_type must be `kinds`, or one of them; without, any that transformers has.
 
-    With `grafted` also that of a model which is the script's alone, see set_aside.
+    With `grafted` also that of a model which is the script's alone, see write_model.
     """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     path = folder / SET_ASIDE if grafted and (folder / SET_ASIDE).is_file() else folder / "config.json"
@@ -80,7 +80,7 @@ def tokenizer(folder: Path):
     """The checkpoint's tokenizer, with its chat template wherever that stands; says where it was found."""
     with readable(f"--model {folder}"):  # it reads the first and the third of these
         known = config(folder, grafted=True)
-        found = transformers.AutoTokenizer.from_pretrained(folder, config=known, trust_remote_code=False)
+        found = original_llava.tokenizer(folder, known)
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         saved = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
@@ -112,11 +112,6 @@ def refuse_template(task, folder: Path, image_id: int | None) -> None:
 # ---- weights ----
 
 
-def without_weights() -> bool:
-    """Whether models are only counted: under torch.device("meta")."""
-    return torch.get_default_device().type == "meta"
-
-
 def open_model(
     kind,
     folder: Path,
@@ -137,7 +132,7 @@ def open_model(
     """
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     with readable(f"--model {folder}"):  # it ends where there is no such model, or none whose attention takes a mask
-        if without_weights() or from_scratch:
+        if torch.get_default_device().type == "meta" or from_scratch:
             if not hasattr(kind, "from_config"):  # no Auto class
                 return kind(config)
             return kind.from_config(config, **settings)
@@ -146,7 +141,7 @@ def open_model(
         names = {rf"^{re.escape(part)}": ""} if part else None
         settings |= {"config": config, "key_mapping": names}
         try:
-            model, found = kind.from_pretrained(folder, **settings, output_loading_info=True)
+            model, found = original_llava.from_pretrained(kind, folder, **settings)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -169,7 +164,7 @@ def open_model(
 
 def load_part(folder: Path, prefixes: tuple[str, ...], module: nn.Module) -> None:
     """Load one module's weights, those whose names begin with a prefix, from a folder of safetensors."""
-    if without_weights():
+    if torch.get_default_device().type == "meta":  # it is only counted
         return
     weights = {}
     for path in folders.weight_files(folder):
@@ -207,21 +202,11 @@ def prepare_training(choose_trained, vlm: nn.Module, folder: Path, args) -> None
 # ---- counting, merging, writing ----
 
 
-def decay_matrices(trained: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """The optimizer's parameters in two groups: weight decay for matrices, none for biases and the scales of norms."""
-    groups = [p for p in trained.values() if p.ndim > 1], [p for p in trained.values() if p.ndim < 2]
-    return [{"params": group, "weight_decay": w} for group, w in zip(groups, (weight_decay, 0.0), strict=True)]
-
-
 def print_trained(vlm: nn.Module) -> None:
     """How many parameters are trained, of how many, by component: at most a few lines."""
-    counts = Counter()
-    for name, parameter in vlm.named_parameters():
-        if parameter.requires_grad:
-            counts[show.component(name)] += parameter.numel()
-    total = sum(parameter.numel() for parameter in vlm.parameters())
-    parts = [f"{part} {n:,}" for part, n in counts.items()]
-    print(f"trained: {counts.total():,} of {total:,} parameters ({counts.total() / total:.2%}): {'; '.join(parts)}")
+    everything, trained = show.counts(vlm)
+    n, total, parts = trained.total(), everything.total(), [f"{part} {n:,}" for part, n in trained.items() if n]
+    print(f"trained: {n:,} of {total:,} parameters ({n / total:.2%}): {'; '.join(parts)}")
     show.print_adapted(vlm)
 
 
@@ -237,6 +222,8 @@ def count(load_model, folder: Path, task, run) -> None:
     with torch.device("meta"):
         vlm = load_model(folder, task, run.dtype).vlm
     show.print_parameters(vlm)
+    trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+    optimizers.parameter_groups(trained, run.args)  # a rate of what is not trained is refused
 
 
 def merge(load_model, folder: Path, task, run) -> None:
@@ -281,8 +268,9 @@ def write_model(load_model, folder: Path, task, run, target: Path) -> None:
             shutil.copyfile(path, target / path.name)  # without its permissions: the base may be read-only
     common.merge_lora(vlm).to(dtype).save_pretrained(target)
     words = adapters.with_grafts(vlm.config.model_type, vlm)
-    if words != vlm.config.model_type:
-        set_aside(target, words)
+    if words != vlm.config.model_type:  # all of transformers refuses these words: it would drop, or draw, what it lacks
+        (target / "config.json").rename(target / SET_ASIDE)
+        write_json(target / "config.json", {"model_type": words, "dtype": words})
 
 
 def own_format(folder: Path) -> torch.dtype:
@@ -291,9 +279,3 @@ def own_format(folder: Path) -> torch.dtype:
     for path in filter(Path.is_file, folders.weight_files(folder)):  # drawn from scratch it needs none
         found.update(kind for kind, _ in folders.header(path).values())
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.most_common(1)[0][0], torch.float32)
-
-
-def set_aside(folder: Path, words: str) -> None:
-    """Leave a configuration that all of transformers refuses in these words: it would drop, or draw, what it lacks."""
-    (folder / "config.json").rename(folder / SET_ASIDE)
-    write_json(folder / "config.json", {"model_type": words, "dtype": words})

@@ -21,7 +21,7 @@ def describe(args: argparse.Namespace) -> dict:
     return {
         **code(),
         "argv": args.command,
-        "settings": {name: value for name, value in vars(args).items() if name != "command"},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("command", "parts")},
         "versions": {"python": platform.python_version(), **{m.__name__: str(m.__version__) for m in modules}},
         "data_sha256": {path.name: sha256(path) for path in examples if path.is_file()},
     }

@@ -12,17 +12,18 @@ from runtime.folders import read_json
 from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
 
-KEPT = 2  # the newest checkpoints of a run
+KEPT = 2  # the newest checkpoints of a run, besides the best
 
 
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save(run: Path, step: int, write, state: dict) -> None:
+def save(run: Path, step: int, write, state: dict, best: int = 0) -> None:
     """Write checkpoints/step-N: beside its final name, synced, then renamed: a kill leaves the old ones complete.
 
-    write(folder) puts the tensors there; state is saved as state.json. The first rank writes, the others wait.
+    write(folder) puts the tensors there; state is saved as state.json. Of older ones that of step `best` is kept. The
+    first rank writes, the others wait.
     SystemExit where it fails: what was saved before is complete.
     """
     folder = folder_of(run, step)
@@ -40,7 +41,7 @@ def save(run: Path, step: int, write, state: dict) -> None:
         except SystemExit:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
-        for old in sorted(folder.parent.glob("step-????????"))[:-KEPT]:
+        for old in set(sorted(folder.parent.glob("step-????????"))[:-KEPT]) - {folder_of(run, best)}:
             old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
         for left in [*folder.parent.glob("step-????????.removing"), *folder.parent.glob("step-????????.writing")]:
             shutil.rmtree(left, ignore_errors=True)  # a file that is read elsewhere stays on NFS: next time

@@ -1,24 +1,21 @@
-"""What a run prints of its model, and colours."""
+"""What a run prints of its model."""
 
 import re
-import sys
 from collections import Counter, defaultdict
 
 from torch import nn
 
 from common import LAYER
 
-COLOURS = {"green": 32, "grey": 90, "blue": 34}
 
-
-def coloured(text: str, colour: str) -> str:
-    """The text in a colour of COLOURS, on a terminal; elsewhere as it is."""
-    return f"\033[{COLOURS[colour]}m{text}\033[0m" if sys.stdout.isatty() else text
-
-
-def component(name: str) -> str:
-    """The part of a model that a parameter is counted with, such as "vision_tower"."""
-    return "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+def counts(model: nn.Module) -> tuple[Counter, Counter]:
+    """How many parameters each component ("LoRA", "vision_tower", …) has, and how many of them are trained."""
+    everything, trained = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        component = "LoRA" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+        everything[component] += parameter.numel()
+        trained[component] += parameter.numel() * parameter.requires_grad
+    return everything, trained
 
 
 def print_parameters(model: nn.Module) -> None:
@@ -26,10 +23,8 @@ def print_parameters(model: nn.Module) -> None:
 
     Names that differ in a layer's number alone share a line.
     """
-    everything, trained, sizes = Counter(), Counter(), defaultdict(list)
+    (everything, trained), sizes = counts(model), defaultdict(list)
     for name, parameter in model.named_parameters():
-        everything[component(name)] += parameter.numel()
-        trained[component(name)] += parameter.numel() * parameter.requires_grad
         if parameter.requires_grad:
             sizes[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(parameter.numel())
     for name, found in sizes.items():

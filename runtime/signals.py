@@ -40,7 +40,6 @@ class StopSignal:
             raise SystemExit(EXIT_STOPPED)
 
     def note(self, number: int, frame) -> None:
-        """The handler of the signals."""
         if self.received:
             if time.monotonic() - self.at < 0.1:  # `timeout` signals the process, then its group
                 return
@@ -51,9 +50,3 @@ class StopSignal:
             os.write(2, f"\n{self.received}: {what}\n".encode())
         if not self.waits:
             raise SystemExit(EXIT_STOPPED)
-
-
-def ignore_signals(worker: int) -> None:
-    """For a process that reads media: Ctrl-C, `timeout` and Slurm signal all of them, but the trainer decides."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

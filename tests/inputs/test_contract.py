@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from copies import HOUSE, changed, few_images, write_qwen3vl
+from copies import HOUSE, changed, few_images, of_every_kind, write_qwen3vl
 
 from inputs.contract import Contract
 
@@ -47,6 +47,14 @@ def test_the_contract_holds(request, tmp_path, capsys, name):
     assert list(said) == ["task", "data", "loss", "packing", "training", "adapter", "merged"]
     grafted = {"surg_video_vqa": "<|AUDIO|>", "umbrella_mri": "<image>", "video_plain_lm": "<vid_patch>"}
     assert ("the script's own" in said["loss"]) == (name in grafted) and grafted.get(name, "") in said["loss"]
+
+
+@pytest.mark.parametrize("name", ["llava_med", "qwen2vl_sentinel"])
+def test_the_contract_holds_with_several_images_and_with_none(request, tmp_path, capsys, name):
+    folder = of_every_kind(request.getfixturevalue(FIVE[name][0]), tmp_path)
+    script = HOUSE / f"train_{name}.py"
+    held, said = contract(script, folder / "model", folder / "data", tmp_path / "c", capsys)
+    assert held, said
 
 
 @pytest.fixture(scope="session")

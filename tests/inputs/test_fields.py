@@ -43,8 +43,8 @@ def rows(*changes):
 MATTERS = {
     "options": {"options": ["A. colon", "B. stomach"]},
     "choices": {"choices": {"A": "colon"}},
-    "system text": {"system": "You are a radiologist."},
-    "several images": {"images": ["images/0.jpg", "images/1.jpg"]},
+    "system text": {"system_prompt": "You are a radiologist."},
+    "several images": {"images": ["images/1.jpg", "images/7.jpg"]},
     "a second image": {"ref_image": "images/7.jpg"},
     "a second image that is not there": {"priorImagePath": "images/gone.png"},
     "an image under any name": {"comparison": {"file": "images/7.jpg"}},
@@ -81,13 +81,19 @@ def test_a_video_under_another_name_is_never_a_text_alone(data, name):
     assert ["rename it" in problem or "did you mean 'video'?" in problem for problem in problems] == [True]
 
 
+def test_a_state_is_no_misspelt_start(data):
+    write(data, "train", {"video": "images", "state": "stable", **ROW})
+    (example,), problems = read(data, train_video_plain_lm)
+    assert problems == [] and example.unread == ["state"]
+
+
 @pytest.mark.parametrize("name", ["audio_path", "audio_file", "wav", "speech", "questionAudio"])
 def test_a_recording_under_another_name_is_never_left_unheard(data, name):
     (data / "q.wav").write_bytes(b"RIFF")
     row = {"frames": ["images/0.jpg"], "video_id": "v", name: "q.wav", **ROW}
     write(data, "train", row)
     examples, problems = read(data, train_surg_video_vqa, question="both")
-    assert examples == [] and name in problems[0] and "audio, frames is read" in problems[0]
+    assert examples == [] and name in problems[0] and "audio, frames, video is read" in problems[0]
 
 
 def test_fields_that_say_nothing_about_the_answer_are_listed_with_their_count(data):
@@ -283,31 +289,37 @@ def test_messages_are_read_as_conversations(data, script, turns):
     assert (example.media, example.question, example.answer) == (["images/3.jpg"], "What is it?", "A polyp.")
 
 
-def test_an_image_within_a_message_is_read_and_a_second_or_a_system_text_refused(data):
+def test_images_and_system_texts_within_messages_are_read(data):
     first, answer = MESSAGES["parts"]
     named = {**first, "content": [{"type": "image", "image": "images/2.jpg"}, first["content"][1]]}
     system = {"role": "system", "content": "You are a radiologist."}
     write(
         data,
         "train",
-        {"messages": [named, answer]},
-        {"messages": [named, answer], "images": ["images/1.jpg"]},
         {"messages": [system, named, answer]},
+        {"messages": [named, answer, {**named, "content": named["content"][::-1]}, answer]},
+        {"messages": [named, answer], "images": ["images/1.jpg"]},
+        {"messages": [system, named, answer], "system": "Be brief."},
         {"messages": 5},
         {"messages": [{"role": "user"}]},
     )
-    (example,), problems = read(data)
-    assert example.media == ["images/2.jpg"]
-    assert "2 images of one conversation" in problems[0]
-    assert "a system text changes what is asked" in problems[1]
+    examples, problems = read(data)
+    assert [example.media for example in examples] == [["images/2.jpg"], ["images/2.jpg"], ["images/2.jpg"] * 2]
+    assert [example.system for example in examples] == ["You are a radiologist.", "", ""]
+    assert examples[2].history == [("<image>What is it?", "A polyp.")] and examples[2].question == "What is it?<image>"
+    assert "images lists ['images/1.jpg'], but the conversation names ['images/2.jpg']; keep one" in problems[0]
+    assert "a system text changes what is asked, but stands beside the field system" in problems[1]
     assert len(problems) == 4
 
 
-def test_a_conversation_of_several_answers_is_refused_where_one_is_read(data):
-    turns = [*MESSAGES["text"], {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Left."}]
-    write(data, "train", {"messages": turns, "images": ["images/0.jpg"]})
-    assert [len(read(data)[0]), len(read(data, train_qwen2vl_sentinel)[0])] == [2, 1]
-    assert "earlier turns would not be read" in read(data, train_qwen2vl_sentinel)[1][0]
+def test_a_system_text_is_never_passed_over_where_it_is_not_read(data):
+    turns = [{"role": "system", "content": "You are a radiologist."}, *MESSAGES["text"]]
+    write(
+        data, "train", {"messages": turns, "images": ["images/3.jpg"]}, {"image": "images/1.jpg", "system": "x", **ROW}
+    )
+    examples, problems = read(data, train_video_plain_lm)
+    assert examples == [] and "a system text changes what is asked, but is not read" in problems[0]
+    assert "'system' changes what is asked, but is not read" in problems[1]
 
 
 def test_a_conversation_has_its_type_and_candidates_and_only_one_answer_may_have_them(data):

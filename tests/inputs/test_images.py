@@ -154,10 +154,10 @@ def test_an_image_is_named_by_path_file_or_id(data, name, found):
 
 
 def test_the_first_of_the_usual_names_that_is_not_empty_counts(data):
-    assert images.named(data, {"image": "", "img_id": "a.jpg", "image_id": "a"}) == "images/a.jpg"
+    assert images.named(data, {"image": "", "img_id": "a.jpg", "image_id": "a"}) == ["images/a.jpg"]
     with pytest.raises(ValueError, match=r"two images, images/a\.jpg and images/b\.png, of which one"):
         images.named(data, {"image": "a", "img_id": "b"})
-    assert images.named(data, {"img_id": 7}) == "7"
+    assert images.named(data, {"img_id": 7}) == ["7"]
     with pytest.raises(ValueError, match="no image; give one of image, image_path, image_file"):
         images.named(data, {"picture": "a.jpg"})
 
@@ -224,12 +224,12 @@ def test_an_image_is_read_as_it_was_counted(qwen_folder, vlm, data, longest):
     Image.new("RGB", (313, 177)).save(data / "images/d.png")
     names = ["images/a.jpg", "images/d.png"]
     sizes = [images.measure(data, name)[0]["size"] for name in names]
-    read = qwen.read(data, names, sizes)
+    read = qwen.read(data, names, sizes, [None, (5.0, 0.95, 1.1, 0.9)])
     assert read["image_grid_thw"].tolist() == [list(qwen.grid(size)) for size in sizes]
     assert len(read["pixel_values"]) == 4 * sum(map(qwen.tokens, sizes))
     assert all(1 <= qwen.tokens(size) <= 10 for size in sizes)
     with pytest.raises(ValueError, match=r"images/d\.png has another size than when it was checked"):
-        qwen.read(data, names, [sizes[0], (1000, 20)])
+        qwen.read(data, names, [sizes[0], (1000, 20)], [None, None])
 
 
 def test_limits_are_the_given_ones_and_otherwise_the_checkpoint_s(qwen_folder, vlm):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from inputs import sound, sound_files
+from inputs import sound
 
 
 def tone(rate: int, seconds: float, frequency: float) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_recordings_that_cannot_be_heard_are_refused_by_name(tmp_path):
         **{name: (content, "'data' has .* cut off or damaged; copy it again") for name, content in cut.items()},
         "cut.wav": (wav[:1000], "'data' has 956 bytes instead of 16,000: cut off or damaged; copy it again"),
         "cut.mp3": (mp3[: len(mp3) // 2], "not all of its frames are complete: cut off or damaged; copy it again"),
-        "cut_frames.mp3": (mp3[: sound_files.mp3_frame(mp3[:4]) * 2], "cut off or damaged; copy it again"),
+        "cut_frames.mp3": (mp3[: sound.mp3_frame(mp3[:4]) * 2], "cut off or damaged; copy it again"),
         "cut.flac": (flac[: len(flac) // 2], f"decoder lost sync: damaged, cut off, .*{unknown}"),
         "cut.ogg": (ogg[: len(ogg) // 2], "its last page is missing: cut off"),
         "cut.opus": (ogg[:-1], "its last page is missing: cut off"),
@@ -236,13 +236,13 @@ def mp3(tmp_path, mode: str) -> bytes:
     """An MP3 without the first frame that says how many follow."""
     soundfile.write(tmp_path / "part.mp3", tone(24_000, 1.0, 440), 24_000, bitrate_mode=mode, compression_level=0.5)
     file = (tmp_path / "part.mp3").read_bytes()
-    return file[sound_files.mp3_frame(file[:4]) :]
+    return file[sound.mp3_frame(file[:4]) :]
 
 
 def test_an_mp3_that_does_not_say_its_length_is_read_where_its_frames_are_of_one_size(tmp_path):
     """As speech synthesis writes them. Of others soundfile reads a part. Tags are no sound."""
     bare = mp3(tmp_path, "CONSTANT")
-    one = sound_files.mp3_frame(bare[:4])
+    one = sound.mp3_frame(bare[:4])
     for content, seconds in [
         (bare, 1.06),  # with the silence that encoders put before
         (TAG + bare + b"TAG" + bytes(125), 1.06),

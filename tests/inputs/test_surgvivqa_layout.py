@@ -102,7 +102,9 @@ def test_the_split_check_counts_what_the_published_splits_share(video_folder, pu
 
 
 def test_the_blind_majority_of_the_published_test_is_57_3_percent(published):
-    args = SimpleNamespace(question="text", target="answer", only_ids=None, limit=None, media_root=published)
+    args = SimpleNamespace(
+        question="text", target="answer", only_ids=None, limit=None, frames=8, eval_frames=6, media_root=published
+    )
     for target in ("answer", "short_answer"):
         examples, problems = script.read_examples(published, SimpleNamespace(**{**vars(args), "target": target}))
         assert problems == []
@@ -115,7 +117,9 @@ def test_the_blind_majority_of_the_published_test_is_57_3_percent(published):
 def test_ids_are_given_twice_in_a_split_but_not_in_a_video(published, tmp_path, monkeypatch):
     """So recordings kept by video are each of one question, and by split 474 + 18 are of two."""
     monkeypatch.setattr(data_check, "file_sha256", lambda data, name: name)  # frames are not there
-    args = SimpleNamespace(question="audio", target="answer", only_ids=None, limit=None, media_root=str(tmp_path))
+    args = SimpleNamespace(
+        question="audio", target="answer", only_ids=None, limit=None, frames=8, eval_frames=6, media_root=str(tmp_path)
+    )
     for place, shared in [("out_{video_id}", 0), ("{split}", 474 + 18)]:
         shutil.rmtree(tmp_path / "audio", ignore_errors=True)
         for split in PUBLISHED.values():
@@ -134,7 +138,9 @@ def test_ids_are_given_twice_in_a_split_but_not_in_a_video(published, tmp_path, 
 
 
 def read(folder, question="audio"):
-    args = SimpleNamespace(question=question, target="answer", only_ids=None, limit=None, media_root=folder)
+    args = SimpleNamespace(
+        question=question, target="answer", only_ids=None, limit=None, frames=8, eval_frames=6, media_root=folder
+    )
     return script.read_examples(folder, args)
 
 

@@ -106,7 +106,7 @@ def break_video(kind: str, data: Path) -> str:
         ("outside", "outside the data folder"),
         ("empty folder", "empty, an empty folder, is none of .jpg"),
         ("no frame", "odd/thumbs.db is none of"),
-        ("mp4", "v.mp4 is none of"),
+        ("mp4", "v.mp4 cannot be read: Invalid data found"),
         ("cut off", "cut/v.gif cannot be read"),
         ("floats", "float32 of shape (2, 8, 8, 3), not uint8"),
         ("grey", "not uint8 (frames, height, width, 3)"),

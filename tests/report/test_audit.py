@@ -11,7 +11,7 @@ from helpers import load_demo, run, task_class
 
 import train_llava_med
 from report import scoring
-from report.audit import audit_scorer, read_synonyms
+from report.audit import audit_scorer
 from report.examples import read
 from train_surg_video_vqa import SYNONYMS
 
@@ -104,17 +104,15 @@ def test_examples_that_are_alike_are_tried_once_and_counted(monkeypatch):
     assert found["probes"]["nothing"] == 450 and asked.count("") == 9
 
 
-def test_declared_synonyms_are_no_failure(tmp_path):
+def test_forms_of_one_answer_are_no_failure():
     examples = [SimpleNamespace(**{**vars(example), "question_type": "t"}) for example in EXAMPLES[:5]]
 
     def scorer(prediction, example):
         return strict(prediction, example) or {prediction, example.answer} == {"normal", "no"}
 
     assert audit_scorer(scorer, examples)["failed"] == 2
-    (tmp_path / "synonyms.txt").write_text("\ufeffno\tnormal\n\npolyp | adenoma\n", encoding="utf-8")
-    lines = read_synonyms(tmp_path / "synonyms.txt")
-    assert lines == [["no", "normal"], ["polyp", "adenoma"]]
-    found = audit_scorer(scorer, examples, lines)
+    examples[0].also_right = ["normal"]
+    found = audit_scorer(scorer, examples)
     assert (found["failed"], found["declared"]) == (0, 2)
 
 

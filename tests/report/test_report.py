@@ -14,7 +14,7 @@ import pytest
 from helpers import read_lines, run
 
 import train_llava_med
-from report import compare, figures, predictions, scoring, summary, write
+from report import compare, examples, scoring, summary, write
 from report.__main__ import main
 from runtime.files import write_json, write_jsonl
 
@@ -43,7 +43,7 @@ def test_precision_recall_f1_and_the_confusion_table_are_scikit_learn_s(seed, cl
     said = [random_.choice([t, t, *names, "something else", "", None]) for t in true]
     more = {"candidates": names} if closed else {}
     records = [as_written("open_ended", t, s, **more) for t, s in zip(true, said, strict=True)]
-    found = figures.label_figures(records)
+    found = summary.label_figures(records)
     labels = sorted(names) if closed else sorted({*true})
     assert found["labels"] == labels
     counted = [s if s in labels else "other" for s in said]
@@ -67,7 +67,7 @@ def test_calibration_and_areas_are_scikit_learn_s(seed):
     right = chance.random(200) < scores
     area = metrics.average_precision_score(right, scores)
     assert summary.average_precision(scores, right) == pytest.approx(area, abs=1e-12)
-    found = figures.calibration(scores, right)
+    found = summary.calibration(scores, right)
     accuracy, confidence = calibration_curve(right, scores, n_bins=10)
     filled = [b for b in found["bins"] if b["n"]]
     assert [b["accuracy"] for b in filled] == pytest.approx(accuracy.tolist(), abs=1e-12)
@@ -88,13 +88,13 @@ def test_mean_average_precision_is_over_the_candidates_that_occur():
         metrics.average_precision_score([r["answer"] == x for r in records], [r["probabilities"][x] for r in records])
         for x in "ab"
     ]
-    assert summary.label_figures(records)["map"] == pytest.approx(np.mean(areas), abs=1e-12)
-    assert figures.ranked_figures(records)["calibration"]["n"] == 50
+    assert summary.choice_figures(records)["map"] == pytest.approx(np.mean(areas), abs=1e-12)
+    assert summary.ranked_figures(records)["calibration"]["n"] == 50
 
 
 def test_an_answer_other_is_not_taken_for_what_is_no_label():
     records = [as_written("t", true, said) for true, said in [("other", "foo"), ("other", "bar"), ("polyp", "polyp")]]
-    found = figures.label_figures([*records, as_written("t", "polyp", "garbage")])
+    found = summary.label_figures([*records, as_written("t", "polyp", "garbage")])
     assert found["labels"] == ["other", "polyp"] and found["confusion"] == [[0, 0, 2], [0, 1, 1]]
     assert found["per_label"]["other"]["recall"] == 0
 
@@ -102,14 +102,14 @@ def test_an_answer_other_is_not_taken_for_what_is_no_label():
 def test_a_type_with_one_answer_only_is_flagged():
     records = [as_written("a", "yes", "yes"), as_written("a", "Yes.", "no"), as_written("b", "yes", "no")]
     records += [as_written("b", "no", "no")]
-    found = figures.summarise_run({"name": "r", "records": records})["types"]
+    found = summary.summarise_run({"name": "r", "records": records})["types"]
     assert [found[kind]["single_class"] for kind in "ab"] == [True, False]
 
 
 def test_an_answer_in_another_of_its_forms_is_of_the_same_class():
     both = {"also_right": ["no"]}
     records = [as_written("t", "No, it stays.", "no", **both, correct=True), as_written("t", "yes", "no")]
-    found = figures.label_figures(records)
+    found = summary.label_figures(records)
     assert found["labels"] == ["no", "yes"] and found["confusion"] == [[1, 0, 0], [1, 0, 0]]
 
 
@@ -117,12 +117,12 @@ def test_one_group_alone_is_resampled_by_what_shares_no_media():
     """Of clips that overlap a chain is one: 1-2, 2-3 and 3 belong together."""
     media = [["1", "2"], ["2", "3"], ["3"], ["8"], ["9"], ["9", "8x"]]
     records = [as_written("t", "yes", "yes" if i % 2 else "no", media=names) for i, names in enumerate(media)]
-    parts = [record["group"] for record in figures.resampled(records)]
+    parts = [record["group"] for record in summary.resampled(records)]
     assert len(set(parts[:3])) == 1 and len(set(parts)) == 3
-    found = figures.summarise_run({"name": "r", "records": records})
+    found = summary.summarise_run({"name": "r", "records": records})
     assert found["micro"]["groups"] == 3 and found["micro"]["interval"] and "of its 3 parts" in found["notes"][0]
     same = [{**record, "media": ["1"]} for record in records]
-    assert figures.summarise_run({"name": "r", "records": same})["micro"]["interval"] is None
+    assert summary.summarise_run({"name": "r", "records": same})["micro"]["interval"] is None
 
 
 def test_runs_are_compared_question_by_question():
@@ -142,7 +142,7 @@ def test_runs_that_differ_in_their_seed_alone_are_aggregated():
         return {"name": str(seed), "records": records, "settings": settings, "script": "x.py", "split": "test"}
 
     runs = [of(0, 5), of(1, 7), of(2, 9), of(3, 1, lr=1.0)]
-    (found,) = compare.seeds_of([figures.summarise_run(r) for r in runs])
+    (found,) = compare.seeds_of([summary.summarise_run(r) for r in runs])
     assert found["seeds"] == [0, 1, 2] and found["micro"]["mean"] == pytest.approx(0.7)
     assert found["micro"]["sd"] == pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1))
     assert (found["micro"]["least"], found["micro"]["most"]) == (0.5, 0.9)
@@ -156,7 +156,7 @@ def real_questions():
     """The real test questions."""
     if not ANNOTATIONS.is_dir():
         pytest.skip("the SurgViVQA annotations are not here")
-    return predictions.read_examples(ANNOTATIONS / "test_multivideo.jsonl", "test")
+    return examples.read_examples(ANNOTATIONS / "test_multivideo.jsonl", "test")
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_what_a_predictions_file_has_wrong_is_named(published, real_questions, c
     def refused(changed: list[dict]) -> str:
         write_jsonl(path, changed)
         with pytest.raises(SystemExit) as caught:
-            predictions.read_predictions(path, real_questions, [])
+            examples.read_predictions(path, real_questions, [])
         return str(caught.value)
 
     text = refused([*lines, lines[3], {**lines[0], "question_id": "qa_9"}])
@@ -223,7 +223,7 @@ def test_test_examples_of_one_id_or_without_an_answer_are_refused(tmp_path):
     rows = [{"id": "a", "question": "Is it?", "answer": answer} for answer in ("no", "yes", None, ["x"])]
     write_jsonl(tmp_path / "test.jsonl", rows)
     with pytest.raises(SystemExit) as caught:
-        predictions.read_examples(tmp_path / "test.jsonl", "test")
+        examples.read_examples(tmp_path / "test.jsonl", "test")
     text = str(caught.value)
     assert "test.jsonl:2 (id a): duplicate ID, first used at test.jsonl:1" in text
     assert "test.jsonl:3 (id a): the answer is empty or no text (None)" in text and "(['x'])" in text
@@ -232,10 +232,10 @@ def test_test_examples_of_one_id_or_without_an_answer_are_refused(tmp_path):
 def test_examples_without_a_prediction_count_as_wrong(published, real_questions):
     path = published / "predictions.jsonl"
     lines = read_lines(path)
-    everything = predictions.read_predictions(path, real_questions, [])["records"]
+    everything = examples.read_predictions(path, real_questions, [])["records"]
     right = [line for line in lines if line["predicted_answer"] == line["ground_truth"]]
     write_jsonl(path, right)
-    found = predictions.read_predictions(path, real_questions, [])
+    found = examples.read_predictions(path, real_questions, [])
     assert len(found["records"]) == 1000
     correct = [sum(record["correct"] for record in records) for records in (found["records"], everything)]
     assert len(right) <= correct[0] <= correct[1]

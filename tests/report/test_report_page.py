@@ -229,15 +229,18 @@ def test_without_a_data_folder_there_is_nothing_to_show(tmp_path, monkeypatch):
 
 def test_of_many_faults_the_first_are_listed_the_others_counted(media_folder, monkeypatch):
     records = [record(f"gone{i}.jpg", f"video{i}.mp4", f"plain{i}") for i in range(1000)]
-    _, _, faults = thumbnails.thumbnails(media_folder, [record("0.jpg"), *records], 10**6)
-    assert faults[20:] == ["… and 980 more", "2,000 files of no known kind"]
-    assert all(re.fullmatch(r"gone\d+\.jpg is missing", fault) for fault in faults[:20])
+    media, _, faults = thumbnails.thumbnails(media_folder, [record("0.jpg"), *records], 10**6)
+    assert faults[0] == "2,000 files of no known kind" and len(faults) == 1001
+    assert all(re.fullmatch(r"gone\d+\.jpg is missing", fault) for fault in faults[1:])
+    text = plain(html_of(a_report(), a_gallery(1), media, [], {}, faults))
+    assert "2,000 files of no known kind" in text and text.count(".jpg is missing") == 199
+    assert "… and 801 more lines" in text
     monkeypatch.setitem(sys.modules, "nibabel", None)
     for i in range(29):
         (media_folder / f"{i}.nii.gz").write_text("never looked at")
     _, _, faults = thumbnails.thumbnails(media_folder, [record(f"{i}.nii.gz") for i in range(29)], 10**6)
-    assert all(fault.endswith("nii.gz: NIfTI needs nibabel: pip install nibabel") for fault in faults[:20])
-    assert faults[20:] == ["… and 9 more"]
+    assert all(fault.endswith("nii.gz: NIfTI needs nibabel: pip install nibabel") for fault in faults)
+    assert len(faults) == 29
 
 
 def test_a_nifti_file_that_does_not_say_how_it_lies_is_not_shown(tmp_path):
@@ -392,7 +395,7 @@ def test_curves_are_thinned_and_a_loss_that_is_not_finite_leaves_a_gap():
 def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is():
     odd = ("$x^2$", r"$\nonsense$", "a\x00\nb", "#000000", "<b>")
     svg = drawing.figure_svg(drawn(a_report(a_run(types=odd)), {})["accuracy"])
-    for text in ("$x^2$", r"$\nonsense$", "a  b", "#000000", "&lt;b&gt;"):
+    for text in ("$x^2$", r"$\nonsense$", "a b", "#000000", "&lt;b&gt;"):
         assert f">{text}</text>" in svg
 
 
@@ -495,6 +498,8 @@ def test_the_page_names_what_answered_which_split_and_marks_an_early_step_and_ch
     assert "Model models/m, checkpoint runs/a/checkpoints/step-00000200: step 200 of 1,261 before the last step" in text
     assert "train_x.py, sha256 abababababab, commit 0123abc files differ from the commit" in text
     assert "left out: 3 of train, 1 of val" in text
+    text = plain(html_of(a_report(a_run(**of, lowest_val_loss=True)), [], [], [], {}))
+    assert "step 200 of 1,261 the lowest validation loss" in text and "before the last step" not in text
     of |= {"step": 1261, "git_differs": False, "left_out": {}}
     text = plain(html_of(a_report(a_run(**of)), [], [], [], {}))
     assert "exact match on test" in text and "left out: no example" in text

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from report import predictions
+from report import examples
 from report.scoring import score_answer
 from report.summary import auroc, results_table, summarise
 
@@ -30,8 +30,8 @@ def test_examples_that_another_program_has_not_answered_stay_in_it_too(tmp_path)
     lines = [{"id": name, "question": "Is it?", "answer": "yes"} for name in "abcd"]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "said.jsonl").write_text('{"id": "b", "prediction": "yes"}\n{"id": "c", "prediction": null}\n')
-    asked = predictions.read_examples(tmp_path / "test.jsonl", "test")
-    records = predictions.read_predictions(tmp_path / "said.jsonl", asked, [])["records"]
+    asked = examples.read_examples(tmp_path / "test.jsonl", "test")
+    records = examples.read_predictions(tmp_path / "said.jsonl", asked, [])["records"]
     assert [record["id"] for record in records if record["correct"]] == ["b"] and len(records) == 4
 
 

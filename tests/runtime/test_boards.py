@@ -29,7 +29,7 @@ def test_steps_that_are_taken_again_stand_in_tensorboard_once(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, steps in ((0, (1, 2, 3)), (1, (2,))):  # stopped after step 3, resumed from the checkpoint of step 1
         with ExitStack() as closing:
-            args = SimpleNamespace(log_to=["tensorboard"])
+            args = SimpleNamespace(log_to=["tensorboard"], patience=None)
             metrics = Metrics(SimpleNamespace(folder=tmp_path, args=args, closing=closing), start, 3)
             for step in steps:
                 metrics.write(step=step, val_loss=float(step + 10 * start))

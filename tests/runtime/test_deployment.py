@@ -78,7 +78,7 @@ def ask(rows: list[dict], folders: list[Path], scratch: Path) -> dict:
 @pytest.mark.parametrize(
     ("name", "script", "flags"),
     [
-        ("demo_folder", train_llava_med, ["--image-fit", "squash"]),  # Mistral's template
+        ("demo_folder", train_llava_med, ["--image-fit", "squash", "--system", "Be brief."]),  # Mistral's template
         ("interleave_folder", train_llava_med, ["--max-steps", 36, "--lr", 1e-2]),  # a new line before the answer
         ("qwen_folder", train_qwen2vl_sentinel, ["--max-pixels", 6272]),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import of_every_kind
 from helpers import metrics_of, read_lines, read_tensors, run, stop_in
 
 import train_llava_med
@@ -110,11 +111,24 @@ def test_two_ranks_train_and_answer_as_one(demo_folder, one, tmp_path, parallel)
     assert len(ids) == len(set(ids)) == json.loads((out / "results.json").read_text())["micro"]["n"]
 
 
-@pytest.mark.parametrize("flags", [["--tune", "full", "--parallel", "fsdp"], ["--lora-vision"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--tune", "full", "--parallel", "fsdp"], ["--lora-vision", "--augment"]], ids=" ".join
+)
 def test_two_ranks_with_images_of_different_sizes_train_as_one(qwen_folder, tmp_path, flags):
     codes, texts = ended(start(arguments(qwen_folder, tmp_path / "two", *flags), script=train_qwen2vl_sentinel))
     assert codes == [0, 0], texts
     run(qwen_folder, tmp_path / "one", *FLAGS, *flags, script=train_qwen2vl_sentinel)
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("flags", [["--tune", "full", "--parallel", "fsdp"], ["--workers", "1"]], ids=" ".join)
+def test_two_ranks_of_which_one_sees_no_image_train_as_one(demo_folder, tmp_path, flags):
+    """Then its projector has no gradient; in some steps no rank's has one."""
+    flags = [*flags, "--questions-per-step", 2, "--max-steps", 9, "--epochs", 2]
+    folder = of_every_kind(demo_folder, tmp_path)
+    codes, texts = ended(start(arguments(folder, tmp_path / "two", *flags)))
+    assert codes == [0, 0], texts
+    run(folder, tmp_path / "one", *FLAGS, *flags)
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
@@ -143,6 +157,29 @@ def test_two_ranks_then_one_then_two_sharded_are_the_same_run(demo_folder, one, 
     assert codes == [0, 0], texts
     assert f"resuming from {out}/checkpoints/step-00000004" in texts[0]
     assert_close(out, one)
+
+
+LOSSES = "import common; found = iter([9.0, 5.0, 4.0, 6.0]); common.mean_loss = lambda *_: next(found)"
+
+
+@pytest.mark.parametrize("flags", [["--tune", "full", "--parallel", "fsdp"], []], ids=["sharded", "adapters"])
+def test_two_ranks_answer_with_the_weights_of_the_best_checkpoint(demo_folder, tmp_path, flags):
+    """Of three steps the second, whose weights the model holds no more when training ends."""
+
+    def probabilities() -> list[float]:
+        lines = read_lines(out / "predictions.jsonl")
+        return [share for line in lines for share in line.get("probabilities", {}).values()]
+
+    out = tmp_path / "run"
+    flags = ["--limit", 28, "--epochs", 3, "--eval-every", 1, "--lr", 1e-2, "--decode", "both", *flags]
+    codes, texts = ended(start(arguments(demo_folder, out, *flags), before=LOSSES))
+    assert codes == [0, 0], texts
+    assert "answering with step 2 (lowest validation loss: step 2, 4.0000; last: step 3, 6.0000)" in texts[0]
+    found = probabilities()
+    run(demo_folder, out, *FLAGS, *flags, "--eval-only")
+    assert found == pytest.approx(probabilities(), rel=1e-4)
+    run(demo_folder, out, *FLAGS, *flags, "--eval-only", "--answer-with", "last")
+    assert found != pytest.approx(probabilities(), rel=1e-2)
 
 
 def test_fewer_images_than_ranks_train_and_answer_too(demo_folder, tmp_path):
@@ -185,10 +222,10 @@ BROKEN = """
 import inputs.data_check
 import inputs.images
 check, opened = inputs.data_check.check, inputs.images.open_image
-def broken(folder, name):
+def broken(folder, name, change=None):
     if name == {!r}:
         raise ValueError(name + " cannot be read: gone")
-    return opened(folder, name)
+    return opened(folder, name, change)
 def checked(*rest):
     found = check(*rest)
     inputs.images.open_image = broken

@@ -377,8 +377,8 @@ def test_the_lock_of_a_dead_run_is_taken_over(tmp_path, monkeypatch, another, wh
     file = leave_lock(tmp_path / "run", {**owner, "began": "1"} if what.startswith("another") else owner)
     if what == "unreadable":  # of no host: nobody touches it
         file.write_text("")
-        monkeypatch.setattr(lock.Lock, "patience", 0.5)
-    with lock.Lock(tmp_path / "run"):
+        monkeypatch.setattr(lock, "PATIENCE", 0.5)
+    with lock.locked(tmp_path / "run"):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     assert not file.exists()
     assert "which has ended: taken over" in capsys.readouterr().out
@@ -387,14 +387,14 @@ def test_the_lock_of_a_dead_run_is_taken_over(tmp_path, monkeypatch, another, wh
 @pytest.mark.parametrize("lives", [True, False])
 def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkeypatch, lives):
     file = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
-    monkeypatch.setattr(lock.Lock, "touch", 0.2)
-    monkeypatch.setattr(lock.Lock, "patience", 1.0)
+    monkeypatch.setattr(lock, "TOUCH", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
     if lives:
         threading.Timer(0.3, os.utime, [file]).start()
-        with pytest.raises(SystemExit, match="in use by process 1 on elsewhere"), lock.Lock(tmp_path / "run"):
+        with pytest.raises(SystemExit, match="in use by process 1 on elsewhere"), lock.locked(tmp_path / "run"):
             pass
     else:
-        with lock.Lock(tmp_path / "run"):
+        with lock.locked(tmp_path / "run"):
             first = file.stat().st_mtime_ns
             time.sleep(0.5)
             assert file.stat().st_mtime_ns > first  # as this run touches its own
@@ -404,10 +404,10 @@ def test_the_lock_of_another_host_is_watched_for_a_sign_of_life(tmp_path, monkey
 def test_a_lock_of_another_container_with_this_host_name_is_watched_too(tmp_path, monkeypatch):
     """Its process number means nothing here: another process may have it, or none."""
     file = leave_lock(tmp_path / "run", {**lock.process(os.getpid()), "pid": 2**22 + 1, "processes": "pid:[1]"})
-    monkeypatch.setattr(lock.Lock, "touch", 0.2)
-    monkeypatch.setattr(lock.Lock, "patience", 2.0)
+    monkeypatch.setattr(lock, "TOUCH", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE", 2.0)
     threading.Timer(0.3, os.utime, [file]).start()
-    with pytest.raises(SystemExit, match=f"in use by process {2**22 + 1} on "), lock.Lock(tmp_path / "run"):
+    with pytest.raises(SystemExit, match=f"in use by process {2**22 + 1} on "), lock.locked(tmp_path / "run"):
         pass
 
 
@@ -429,8 +429,8 @@ def test_what_no_run_wrote_as_its_lock_is_a_fault(demo_folder, tmp_path, what):
 def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, monkeypatch):
     """The one that is slower to remove the dead run's lock must not remove the quicker one's."""
     file = leave_lock(tmp_path / "run", {"host": "elsewhere", "pid": 1, "began": "1"})
-    monkeypatch.setattr(lock.Lock, "touch", 0.1)
-    monkeypatch.setattr(lock.Lock, "patience", 0.3)
+    monkeypatch.setattr(lock, "TOUCH", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
     text_of, quicker = lock.text_of, json.dumps(lock.process(os.getppid()))
 
     def overtaken(path):
@@ -441,7 +441,7 @@ def test_of_several_runs_that_wait_for_a_dead_one_one_gets_the_lock(tmp_path, mo
         return text
 
     monkeypatch.setattr(lock, "text_of", overtaken)
-    with pytest.raises(SystemExit, match=f"in use by process {os.getppid()} on "), lock.Lock(tmp_path / "run"):
+    with pytest.raises(SystemExit, match=f"in use by process {os.getppid()} on "), lock.locked(tmp_path / "run"):
         pass
     assert file.read_text() == quicker
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

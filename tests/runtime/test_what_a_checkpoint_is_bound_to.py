@@ -30,7 +30,7 @@ SMALL = ["--limit", 16, "--questions-per-step", 8, "--max-steps", 2, "--lr", 1e-
 def trained(demo_folder, tmp_path_factory):
     """A short run. Tests must not write here."""
     out = tmp_path_factory.mktemp("bound") / "run"
-    run(demo_folder, out, *SMALL)
+    run(demo_folder, out, *SMALL, "--save-every", 1)
     return out
 
 
@@ -46,6 +46,28 @@ def test_a_checkpoint_of_another_model_is_refused(demo_folder, trained, tmp_path
     flags = [mode, tmp_path / "merged"] if mode == "--merge" else [mode]
     assert "was trained on another model than --model" in refused(tmp_path / "demo", out, *SMALL, *flags)
     run(tmp_path / "demo", out, *SMALL, *flags, "--resume-anyway")
+
+
+def test_what_a_checkpoint_does_not_know_was_off(demo_folder, trained, tmp_path):
+    """A flag that is newer than a run stops neither its end nor its answers, unless it is given."""
+    out = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints/step-00000002")
+    folder = out / "checkpoints/step-00000001"
+    state = json.loads((folder / "state.json").read_text())
+    for name in ("augment", "lr_projector", "lr_vision", "system"):
+        assert not state["same"].pop(name)
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = sha256(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    flags = [*SMALL, "--save-every", 1]
+    assert "augment was None, is True" in refused(demo_folder, out, *flags, "--augment")
+    assert "lr_projector was None, is 0.0" in refused(demo_folder, out, *flags, "--lr-projector", 0)
+    text = refused(demo_folder, out, *flags, "--eval-only", "--resume", folder, "--system", "You are a student.")
+    assert "does not say its system: it is of another script, or of a time before that flag, so leave it out" in text
+    run(demo_folder, out, *flags, "--eval-only", "--resume", folder)
+    run(demo_folder, out, *flags)
+    assert (out / "predictions.jsonl").read_text() == (trained / "predictions.jsonl").read_text()
 
 
 def test_generation_settings_are_not_the_model(demo_folder, trained, tmp_path):
@@ -406,10 +428,10 @@ def test_results_name_what_answered_and_what_was_asked(demo_folder, trained):
 
 
 def test_another_prompt_is_another_run(qwen_folder, tmp_path, monkeypatch):
-    """The system text stands in the prefix, not in the branches: whoever edits it would mix two runs."""
+    """Also where it stands in the prefix, not in the branches: whoever edits it would mix two runs."""
     script = train_qwen2vl_sentinel
     run(qwen_folder, tmp_path / "run", *SMALL, script=script)
-    monkeypatch.setattr(script, "SYSTEM", "Answer at length.")
+    monkeypatch.setattr(script.QwenTask, "system", lambda *_: "Answer at length.")
     assert "is of another run: examples was" in refused(qwen_folder, tmp_path / "run", *SMALL, script=script)
 
 
@@ -429,7 +451,8 @@ def test_answers_are_kept_where_the_figures_of_captions_fail(plain_folder, tmp_p
 def test_the_time_that_saving_takes_is_no_step_s(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    args, closing = SimpleNamespace(log_to=[], overfit=None), SimpleNamespace(callback=lambda close: None)
+    args = SimpleNamespace(log_to=[], overfit=None, patience=None)
+    closing = SimpleNamespace(callback=lambda close: None)
     device = metrics.torch.device("cpu")
     found = Metrics(SimpleNamespace(args=args, folder=tmp_path, device=device, closing=closing, epochs=[0.5, 1]), 0, 9)
     for step in (1, 2):

@@ -536,14 +536,6 @@ def test_a_folder_that_is_not_there_is_refused(folder):
     assert refused(folder, folder / "run", *SMALL).startswith(f"--model {folder / 'model'}: no such folder")
 
 
-@pytest.mark.parametrize("mode", [["--check"], []], ids=["check", "training"])
-def test_the_original_llava_mistral_format_is_refused_with_the_reason(folder, mode):
-    path = folder / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llava_mistral"}))
-    text = refused(folder, folder / "run", *SMALL, *mode)
-    assert "model_type 'llava_mistral', not 'llava'" in text and "converted to transformers' format" in text
-
-
 def test_packed_sequences_longer_than_the_sliding_window_are_refused(folder):
     path = folder / "model" / "config.json"
     config = json.loads(path.read_text())

@@ -141,6 +141,22 @@ def test_a_task_counts_what_it_encodes(data):
             assert prefix.count(token) == count and token not in input_ids
 
 
+def test_a_rate_of_a_part_is_that_of_all_its_parameters_and_no_others(each, tmp_path, capsys):
+    words = {"projector": "projector|merger|packer", "vision": "visual|vision_tower|patch_embed"}
+    data = load_demo(each.folder, each.script, *each.flags, "--tune", "full")
+    model = each.script.load_model(each.folder / "model", data.task, torch.float32)
+    found = dict.fromkeys([*data.args.parts, "all others"], 0)
+    for name, p in model.vlm.named_parameters():
+        part = next((part for part in data.args.parts if re.search(words[part], name)), "all others")
+        found[part] += p.numel() * p.requires_grad
+    rates = [word for part in data.args.parts for word in (f"--lr-{part}", 1e-5)]
+    run(each.folder, tmp_path, *each.flags, *rates, "--tune", "full", "--check", script=each.script)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("learning rates: "))
+    assert all(found.values())
+    for part, n in found.items():
+        assert f"{part} {data.args.lr if part == 'all others' else 1e-5:g} ({n:,} parameters)" in line
+
+
 def test_nothing_is_dropped_in_a_frozen_tower(each, data):
     """That would only be noise; the demos' towers have no dropout, so that no figure shows it."""
     model = each.script.load_model(each.folder / "model", data.task, torch.float32).train()
@@ -167,6 +183,42 @@ def test_a_tower_of_images_is_in_training_mode_where_it_is_trained(each, data, t
     model = each.script.load_model(each.folder / "model", task, torch.float32)
     assert {module.training for module in model.train().vlm.get_submodule(tower).modules()} == {tune == "full"}
     assert not any(module.training for module in model.eval().modules())
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------
+
+
+def test_augmented_media_depend_on_the_step_and_what_is_heard_stays(each):
+    data = load_demo(each.folder, each.script, *each.flags, "--augment")
+    trees = [tree for tree in data.trees if tree.media][:2]
+
+    def read(step: int | None) -> dict:
+        data.task.step = step
+        media = data.read_media(trees)
+        return media | {"videos": torch.cat([video.pixels for video in media.get("videos", [])] or [torch.zeros(0)])}
+
+    plain, first, again, second = (read(step) for step in (None, 1, 1, 2))
+    tensors = [name for name, value in plain.items() if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(first[name], again[name]) and first[name].shape == plain[name].shape for name in tensors)
+    changed = {name for name in tensors if not torch.equal(first[name], plain[name])}
+    assert changed == {name for name in tensors if not torch.equal(first[name], second[name])}
+    shown = {"umbrella_mri": {"volumes of T1"}, "video_plain_lm": {"videos"}}.get(each.name, {"pixel_values"})
+    assert shown <= changed and not changed & {"input_features", "audio_positions", "image_grid_thw"}
+
+
+def test_augmentation_changes_what_is_trained_on_and_nothing_that_is_measured(each, tmp_path):
+    """With a learning rate of 0 the model stays as it is: validation and answers must, too."""
+    flags = [*each.flags, "--limit", 8, "--questions-per-step", 4, "--max-steps", 2, "--max-answer-tokens", 4]
+    lines = {}
+    for out, given in ((tmp_path / "plain", []), (tmp_path / "augmented", ["--augment"])):
+        run(each.folder, out, *flags, "--lr", 0, "--eval-every", 1, *given, script=each.script)
+        lines[out.name] = read_lines(out / "metrics.jsonl")
+    plain, augmented = lines.values()
+    assert [x.get("val_loss") for x in plain] == [x.get("val_loss") for x in augmented]
+    assert sum("val_loss" in x for x in plain) == 2
+    assert all(x["loss"] != y["loss"] for x, y in zip(plain, augmented, strict=True) if "loss" in x)
+    answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in lines]
+    assert answers[0] == answers[1]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------

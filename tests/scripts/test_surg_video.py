@@ -97,6 +97,16 @@ def test_prompt_and_placeholders_are_those_of_the_checkpoint_s_own_template(vide
     assert questions == ({3} if question == "text" else {1})  # a clip is read once for all written questions
 
 
+def test_a_system_text_is_that_of_the_flag_or_of_the_example(video_folder):
+    asked = load_demo(video_folder, script, "--system", "Be brief.")
+    example = asked.examples[0]
+    for system, text in (("", "Be brief."), ("You are a surgeon.", "You are a surgeon.")):
+        (tree,), _ = common.build_trees([replace(example, system=system)], asked.task)
+        assert asked.task.tokenizer.decode(tree.prefix).startswith(f"<|im_start|>system\n{text}<|im_end|>\n")
+    entry = {"frames": ["a.jpg"], "question": "Is it?", "answer": "yes", "video_id": "v", "system": "Mind the time."}
+    assert script.make_example(asked.args, "x", "train", entry).system == "Mind the time."
+
+
 def test_evaluation_sees_fewer_frames_and_says_so(video_folder, data, capsys):
     task = data.task
     train, test = (next(e for e in data.examples if e.split == split) for split in ("train", "test"))
@@ -433,7 +443,7 @@ def test_what_a_checkpoint_needs_is_named(video_folder, qwen_folder, trained, tm
     assert "the checkpoint was trained with a part of another model: give it with --audio-model" in text
     run_script(qwen_folder, tmp_path / "images", *SMALL, "--max-steps", 1, script=train_qwen2vl_sentinel)
     text = refused(video_folder, tmp_path, *flags, tmp_path / "images/checkpoints/step-00000001")
-    assert "is of another script: it does not say its question" in text
+    assert "does not say its target: it is of another script" in text
 
 
 def change(path, **values):

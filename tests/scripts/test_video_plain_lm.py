@@ -573,14 +573,14 @@ def all_frames(path: Path) -> list[Image.Image]:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("missing", "videos/none.gif is missing"), ("mp4", "v.mp4 is none of")],
+    [("missing", "videos/none.gif is missing"), ("wmv", "v.wmv is none of")],
     ids=["when it is opened", "by its name"],
 )
 def test_videos_that_cannot_be_used_are_refused_by_name(copy, tmp_path, kind, words):
     """Every other kind: tests/inputs/test_videos.py."""
     rows = rows_of(copy, "train")
-    rows[0] = {**rows[0], "video": {"missing": "videos/none.gif", "mp4": "v.mp4"}[kind]}
-    (copy / "data/v.mp4").write_bytes(bytes(100))
+    rows[0] = {**rows[0], "video": {"missing": "videos/none.gif", "wmv": "v.wmv"}[kind]}
+    (copy / "data/v.wmv").write_bytes(bytes(100))
     write_rows(copy, "train", rows)
     refused(copy, tmp_path, *SMALL, "--check")
     [failure] = json.loads((tmp_path / "check.json").read_text())["failures"]
@@ -674,7 +674,8 @@ def test_json_lines_give_the_same_examples_as_conversations(copy, data):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (copy / f"data/{split}.jsonl").write_text(text)
     found = load_demo(copy, script, *vision(copy))
-    plain = lambda example: {k: v for k, v in vars(example).items() if k != "where"}  # noqa: E731
+    places = ("where", "group", "groups")  # a text alone is named by its place
+    plain = lambda e: {k: v for k, v in vars(e).items() if k not in (places if not e.media else places[:1])}  # noqa: E731
     assert [plain(example) for example in found.examples] == [plain(example) for example in data.examples]
     assert [t.branches for t in found.trees] == [t.branches for t in data.trees]
 
@@ -925,6 +926,12 @@ def test_no_flipped_bit_of_an_entry_of_the_cache_is_read(tmp_path):
     found, damaged = features.read_features(path)
     assert torch.equal(found, torch.linspace(-1, 1, 24).view(2, 3, 4)) and not damaged
     assert features.read_features(tmp_path / "none.safetensors") == (None, False)
+
+
+def test_augmented_videos_have_no_cache(plain_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(plain_folder, tmp_path, "--augment", "--cache-features", tmp_path / "cache", script=script)
+    assert "--augment with --cache-features: what is kept is of unchanged videos" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_says_so(plain_folder, tmp_path):
