@@ -394,9 +394,8 @@ def _spread(pieces: list[Prompt], count: int, max_tokens: int) -> list[list[Prom
 def _concatenate(trees: list[Prompt]) -> dict:
     input_ids, labels, document, branch, positions, ends = [], [], [], [], [], []
     for number, tree in enumerate(trees, start=1):
-        prefix_positions = tree.prefix_positions
-        if prefix_positions is None:
-            prefix_positions = torch.arange(len(tree.prefix))
+        given = tree.prefix_positions
+        prefix_positions = torch.arange(len(tree.prefix)) if given is None else given
         parts = [(tree.prefix, [IGNORE] * len(tree.prefix)), *tree.branches]
         after = int(prefix_positions.max()) + 1 if len(tree.prefix) else 0
         for b, (part_ids, part_labels) in enumerate(parts):
@@ -424,17 +423,23 @@ def visible(document: torch.Tensor, branch: torch.Tensor, last: int | None = Non
     The queries are all tokens, or the `last` so many: what a decoding step needs.
     """
     n = last or document.shape[1]
-    index = torch.arange(document.shape[1], device=document.device)
-    same_document = document[:, -n:, None] == document[:, None, :]
-    not_after = index[None, -n:, None] >= index[None, None, :]
+    same_document = document[:, -n:, None] == document[:, None, :]  # (1, queries, T)
+    not_after = torch.ones_like(same_document).tril(document.shape[1] - n)
     own_or_prefix = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, -n:, None])
     return (same_document & not_after & own_or_prefix).unsqueeze(1)
 
 
 def last_hidden(decoder: nn.Module, embeds, position_ids, mask, cache=None) -> torch.Tensor:
     """Last hidden states (1, T, width) of embeddings (1, T, width); a cache holds earlier tokens, and takes these."""
-    cached = {"past_key_values": cache, "use_cache": cache is not None}
-    return decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **cached).last_hidden_state
+    device, (queries, keys) = embeds.device.type, mask.shape[-2:]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+    # one for all layers, in the form that is added to scores: of a boolean mask every layer makes, and keeps, its own
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+    given = {"past_key_values": cache, "use_cache": cache is not None}
+    if device == "cpu" and queries == keys:  # a document at a time: the first token that one sees begins its document
+        starts = mask[0, 0].byte().argmax(-1).unique().tolist()
+        given["documents"] = list(zip(starts, [*starts[1:], keys], strict=True))
+    return decoder(inputs_embeds=embeds, attention_mask=bias, position_ids=position_ids, **given).last_hidden_state
 
 
 def supervised_loss(hidden: torch.Tensor, lm_head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -545,10 +550,9 @@ def mean_loss(model, trees: list[Prompt], task, run) -> float:
     """The mean over all supervised tokens of the trees, which are divided over the ranks."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-    with run.equal_passes(model):
+    with run.equal_passes(model), run.autocast():
         for batch in run.packed(run.share(trees), task):
-            with run.autocast():
-                sums += torch.stack(model(batch)).cpu()
+            sums += torch.stack(model(batch)).cpu()
     total, tokens = run.sum(sums).tolist()
     return total / tokens
 

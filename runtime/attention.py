@@ -1,11 +1,26 @@
-"""A test for language models that nobody has tried: does attention do what packing asks of it?"""
+"""Attention a document at a time; and a test for language models that nobody has tried: do they heed the mask?"""
 
 from pathlib import Path
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import common
 from runtime.batches import to_device
+
+
+def by_document(module, query, key, value, attention_mask, documents=(), **settings):
+    """transformers' attention without the scores between `documents`, (start, end) pairs, which the mask leaves out.
+
+    query, key and value are (1, heads, T, width); returns (1, T, heads, width), and None for no weights.
+    """
+    if len(documents) < 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    found = []
+    for start, end in documents:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        found.append(sdpa_attention_forward(module, q, k, v, attention_mask[..., start:end, start:end], **settings)[0])
+    return torch.cat(found, dim=1), None
 
 
 @torch.no_grad()
