@@ -6,6 +6,7 @@ and where a silent mistake would corrupt results; what only keeps a run alive is
 
 import copy
 import functools
+import json
 import math
 import random
 import re
@@ -90,11 +91,9 @@ def separate_pad_from_eos(tokenizer, model=None) -> str:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: answers would never end (tokenizer_config.json: eos_token)")
-    ids = {"PAD": (tokenizer.pad_token, tokenizer.pad_token_id), "EOS": (tokenizer.eos_token, tokenizer.eos_token_id)}
-    found = ", ".join(f"{name} {token!r} ({token_id})" for name, (token, token_id) in ids.items())
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        done = "distinct"
-    else:
+    pad, eos, done = tokenizer.pad_token_id, tokenizer.eos_token_id, "distinct"
+    found = f"PAD {tokenizer.pad_token!r} ({pad}), EOS {tokenizer.eos_token!r} ({eos})"
+    if pad in (None, eos):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         done = f"PAD is now '<|pad|>' ({tokenizer.pad_token_id})"
     if model is not None:
@@ -126,15 +125,22 @@ def conversation(tokenizer, messages: list[dict], answer: str) -> str:
     Where that does not end in white space, such as Mistral's [/INST], the white space that the template has before an
     answer belongs to the answer: its first word keeps its usual piece. ValueError: no such generation prompt.
     """
-    opening, closing = SENTINELS
+    state = f"{tokenizer.chat_template} {tokenizer.special_tokens_map}"
+    prompt, space = _asked(tokenizer, state, json.dumps(messages))
+    return prompt + SENTINELS[0] + space + answer + SENTINELS[1] + tokenizer.eos_token
+
+
+@functools.lru_cache(2**12)  # the same questions are asked about many images
+def _asked(tokenizer, _state, messages: str) -> tuple[str, str]:
+    """The prompt of messages (JSON), and the white space that belongs to the answer."""
+    messages, opening = json.loads(messages), SENTINELS[0]
     answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": opening}]}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before = tokenizer.apply_chat_template(answered, tokenize=False).partition(opening)[0]
     if before.split() != prompt.split():  # such as "… assistant \n" and "… assistant\n"
         text = f"the chat template asks with {prompt[-40:]!r} (add_generation_prompt), but writes {before[-40:]!r}"
         raise ValueError(f"{text} before an answer: what is trained would not be what is asked")
-    space = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
-    return prompt + opening + space + answer + closing + tokenizer.eos_token
+    return prompt, "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
 
 
 def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tuple[list[int], list[int]]:
@@ -143,41 +149,42 @@ def encode_supervised(tokenizer, text: str, keep_sentinels: bool = False) -> tup
     The tokenizer splits the text at the sentinels before any merge, because a byte-level BPE would merge `<ANS>Pink`
     to `<`, `ANS`, `>P`, `ink` and a search for the sentinel's pieces finds nothing. Supervised are the answer and the
     EOS directly after it; every other label is IGNORE. The sentinels themselves are dropped, or with keep_sentinels
-    become their ordinary pieces, not supervised. Returns (input_ids, labels), two lists of equal length. Raises
-    ValueError where sentinels are missing, too many or out of order, where the answer is empty or without EOS.
+    become their ordinary pieces, not supervised. ValueError: not one answer, an empty one, or one without EOS.
     """
-    splitter, opening, closing = _splitter(tokenizer, len(tokenizer))
-    tokens = splitter.encode(text, add_special_tokens=False)
-    found = [SENTINELS[token == closing] for token in tokens if token in (opening, closing)]
-    if found != [*SENTINELS]:
-        raise ValueError(f"one answer must stand between {' and '.join(SENTINELS)}; there are {found} in {text!r}")
-    start, end = tokens.index(opening), tokens.index(closing)
-    before, answer, after = tokens[:start], tokens[start + 1 : end], tokens[end + 1 :]
+    before, *found = re.split(f"({'|'.join(map(re.escape, SENTINELS))})", text)
+    if found[::2] != [*SENTINELS]:
+        raise ValueError(f"one answer must stand between {' and '.join(SENTINELS)}; there are {found[::2]} in {text!r}")
+    answer, after = found[1::2]
     if not answer:
         raise ValueError(f"empty answer in {text!r}")
-    if after[:1] != [tokenizer.eos_token_id]:
+    if not after.startswith(tokenizer.eos_token):
         raise ValueError(f"no EOS ({tokenizer.eos_token!r}) directly after the answer in {text!r}")
-    joined = None if keep_sentinels else _encode_joined(tokenizer, text)
-    if not joined:
+    input_ids, labels = _encode(tokenizer, len(tokenizer), before, answer, after, keep_sentinels)
+    return input_ids.copy(), labels.copy()
+
+
+@functools.lru_cache(2**12)  # they are often answered alike, too
+def _encode(tokenizer, size: int, before: str, answer: str, after: str, keep_sentinels: bool) -> tuple[list, list]:
+    """encode_supervised's (input_ids, labels), of the tokenizer as it is with `size` tokens."""
+    asked, joined = (tokenizer.encode(part, add_special_tokens=False) for part in (before, before + answer + after))
+    start = len(asked)
+    if joined[:start] == asked and tokenizer.eos_token not in answer and not keep_sentinels:
+        # as if no sentinel stood there: without the dummy space that some tokenizers put behind it
+        end = joined.index(tokenizer.eos_token_id, start) + 1  # at EOS a text is cut before anything is merged
+        parts = (asked, 0), (joined[start:end], 1), (joined[end:], 0)
+    else:
+        splitter, opening, closing = _splitter(tokenizer, size)
+        tokens = splitter.encode(f"{before}{SENTINELS[0]}{answer}{SENTINELS[1]}{after}", add_special_tokens=False)
+        start, end = tokens.index(opening), tokens.index(closing)
         kept = [tokenizer.encode(s, add_special_tokens=False) if keep_sentinels else [] for s in SENTINELS]
-        parts = (before + kept[0], 0), (answer, 1), (kept[1], 0), (after[:1], 1), (after[1:], 0)
-        labels = [token if supervised else IGNORE for part, supervised in parts for token in part]
-        joined = [token for part, _ in parts for token in part], labels
+        parts = (tokens[:start] + kept[0], 0), (tokens[start + 1 : end], 1), (kept[1], 0)
+        parts += (tokens[end + 1 : end + 2], 1), (tokens[end + 2 :], 0)
+    input_ids = [token for part, _ in parts for token in part]
+    labels = [token if supervised else IGNORE for part, supervised in parts for token in part]
     # what the tokenizer itself puts first, [1] for Mistral and [] for Qwen: once, also where the template writes it
     bos = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
-    missing = bos if joined[0][: len(bos)] != bos else []
-    return missing + joined[0], [IGNORE] * len(missing) + joined[1]
-
-
-def _encode_joined(tokenizer, text: str) -> tuple[list[int], list[int]] | None:
-    """As if no sentinel stood there: without the dummy space of some tokenizers. None where a merge crosses an edge."""
-    before, answer, after = re.split("|".join(map(re.escape, SENTINELS)), text)
-    parts = before, before + answer, before + answer + after
-    asked, answered, input_ids = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
-    if input_ids[: len(asked)] != asked or input_ids[: len(answered)] != answered:
-        return None
-    start, end = len(asked), len(answered) + 1  # with the EOS
-    return input_ids, [IGNORE] * start + input_ids[start:end] + [IGNORE] * len(input_ids[end:])
+    missing = bos if input_ids[: len(bos)] != bos else []
+    return missing + input_ids, [IGNORE] * len(missing) + labels
 
 
 @functools.lru_cache(maxsize=8)
@@ -242,71 +249,6 @@ class Prompt:
         return sum(len(supervised_tokens(labels)) for _, labels in self.branches)
 
 
-def build_trees(examples: list, task) -> tuple[list[Prompt], dict[str, str]]:
-    """The trees of examples, all of them checked; and {an example's `where`: why it cannot be used}.
-
-    Questions share a tree where their prefixes and media, as the task shows them, are equal (--share-prefix).
-    """
-    trees, faults = {}, {}
-    for example in examples:
-        try:
-            placeholders = task.placeholders(example)
-            refuse_tokens(task.tokenizer, task.texts(example), placeholders)
-            if None in placeholders:  # a fault of the checkpoint, listed already
-                continue
-            prefix, input_ids, labels = task.encode(example, example.answer)
-            check_example(example, task, prefix, input_ids, labels)
-            refuse_long(example, task, prefix, input_ids, labels)
-        except ValueError as error:
-            faults[example.where] = str(error)
-            continue
-        media = task.media(example)
-        key = (tuple(prefix), repr(media)) if prefix and task.args.share_prefix else example.id
-        if key not in trees:
-            trees[key] = Prompt(prefix, [], [], media, task.positions(example, prefix))
-        trees[key].branches.append((input_ids, labels))
-        trees[key].ids.append(example.id)
-    return list(trees.values()), faults
-
-
-def refuse_tokens(tokenizer, texts: list[str], placeholders) -> None:
-    """Raise ValueError where a text holds what the tokenizer would take for a placeholder, EOS or a sentinel."""
-    added = tokenizer.added_tokens_decoder.items()  # not all of them: some are words, or runs of spaces
-    for token in (*SENTINELS, *(token.content for i, token in added if token.special or i in placeholders)):
-        for text in texts:
-            if token in text:
-                raise ValueError(f"the text contains {token!r}, which the model would read as a token; reword {text!r}")
-
-
-def check_example(example, task, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
-    """Raise ValueError unless exactly answer + EOS is supervised and there are as many placeholders as features."""
-    decoded = task.tokenizer.decode(supervised_tokens(labels), clean_up_tokenization_spaces=False).lstrip()
-    if decoded != example.answer + task.tokenizer.eos_token:
-        raise ValueError(f"supervised would be {decoded!r}, not {example.answer + task.tokenizer.eos_token!r}")
-    for token_id, count in task.placeholders(example).items():
-        before, after = prefix.count(token_id), input_ids.count(token_id)
-        if (before, after) != (count, 0):
-            text = f"{count} features of its media for {before} placeholders (ID {token_id}), and {after} after these"
-            raise ValueError(f"{text}; the ID is read from config.json, never computed")
-
-
-def refuse_long(example, task, prefix: list[int], input_ids: list[int], labels: list[int]) -> None:
-    """Raise ValueError where training needs more than --pack-tokens, or answering more positions than the model has."""
-    length, of_media = len(prefix) + len(input_ids), sum(task.placeholders(example).values())
-    remedy = task.remedy or "shorten the text"
-    if length > task.args.pack_tokens:
-        text = f"{length} tokens, {of_media} of them of its media: more than --pack-tokens {task.args.pack_tokens}"
-        raise ValueError(f"{text}; raise it or {remedy}")
-    if task.max_positions is None:
-        return
-    asked = next(i for i, label in enumerate(labels) if label != IGNORE)  # what it is answered from
-    possible = [len(task.encode(example, candidate)[1]) for candidate in example.candidates or []]
-    longest = len(prefix) + max(len(input_ids), asked + task.args.max_answer_tokens, *possible)
-    if longest > task.max_positions:
-        text = f"up to {longest} positions, {of_media} of them of its media: the language model has "
-        raise ValueError(f"{text}{task.max_positions}; {remedy} or lower --max-answer-tokens")
-
-
 # ---- 4  Packed sequences and the one visibility rule -----------------------------------------------------------------
 # Trees are packed one behind the other into a sequence, without padding. Token q sees token k if and only if
 #
@@ -347,14 +289,14 @@ def plan_run(trees: list[Prompt], args) -> list[list[Prompt]]:
     return plan
 
 
-def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1) -> list[dict]:
+def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1, rank: int | None = None) -> list[dict]:
     """Pack trees into sequences of at most max_tokens tokens, about as few as it takes, and of nearly equal length.
 
     Each is a dictionary of input_ids, labels, document, branch, all (1, T) int64, position_ids (1, T) or (3, 1, T),
-    `ends` (questions,), the index of each branch's last token, and `prompts`, its trees in order. Rank r takes
-    [r::ranks]; where there are fewer trees than ranks, sequences are added in which nothing is supervised: every rank
-    must make as many passes as the others. A tree longer than max_tokens is divided, its prefix repeated. Raises
-    ValueError where one branch does not fit, or begins with a supervised token: before it stands another branch.
+    `ends` (questions,), the index of each branch's last token, and `prompts`, its trees in order. With `rank` these are
+    its own alone, [rank::ranks]; where there are fewer trees than ranks, sequences are added in which nothing is
+    supervised: every rank must make as many passes as the others. A tree longer than max_tokens is divided, its prefix
+    repeated. Raises ValueError where one branch does not fit.
     """
     pieces = [piece for tree in trees for piece in _divide(tree, max_tokens)]
     pieces.sort(key=len, reverse=True)
@@ -362,17 +304,15 @@ def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1) -> list[dict]:
     while (sequences := _spread(pieces, count, max_tokens)) is None:
         count += ranks
     empty = [replace(p, branches=[(ids, [IGNORE] * len(ids)) for ids, _ in p.branches]) for p in pieces[-1:]]
-    return [_concatenate(sequence or empty) for sequence in sequences]
+    return [_concatenate(sequence or empty) for sequence in (sequences if rank is None else sequences[rank::ranks])]
 
 
 def _divide(tree: Prompt, max_tokens: int) -> list[Prompt]:
     parts, size = [[]], len(tree.prefix)
-    for i, (input_ids, labels) in enumerate(tree.branches):
-        name, needed = tree.ids[i], len(tree.prefix) + len(input_ids)
+    for i, (input_ids, _) in enumerate(tree.branches):
+        needed = len(tree.prefix) + len(input_ids)
         if needed > max_tokens:
-            raise ValueError(f"example {name} needs {needed} tokens, more than --pack-tokens {max_tokens}")
-        if not labels or labels[0] != IGNORE:
-            raise ValueError(f"example {name}: the branch's first token is supervised; begin it with prompt text")
+            raise ValueError(f"example {tree.ids[i]} needs {needed} tokens, more than --pack-tokens {max_tokens}")
         if size + len(input_ids) > max_tokens:
             parts.append([])
             size = len(tree.prefix)
@@ -433,12 +373,17 @@ def last_hidden(decoder: nn.Module, embeds, position_ids, mask, cache=None) -> t
     """Last hidden states (1, T, width) of embeddings (1, T, width); a cache holds earlier tokens, and takes these."""
     device, (queries, keys) = embeds.device.type, mask.shape[-2:]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-    # one for all layers, in the form that is added to scores: of a boolean mask every layer makes, and keeps, its own
-    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
     given = {"past_key_values": cache, "use_cache": cache is not None}
-    if device == "cpu" and queries == keys:  # a document at a time: the first token that one sees begins its document
-        starts = mask[0, 0].byte().argmax(-1).unique().tolist()
-        given["documents"] = list(zip(starts, [*starts[1:], keys], strict=True))
+    if device == "cpu" and queries == keys:  # a document in two pieces: to its first question, then the others
+        starts = mask[0, 0].byte().argmax(-1)  # the first token that one sees begins its document
+        seen = mask[0, 0].sum(-1, dtype=torch.int32)  # a sum copies all it adds; so before the bias
+        gaps = seen != torch.arange(1, keys + 1) - starts  # does one not see all from there to itself?
+        (starts, _), lengths = torch.stack([starts, gaps]).unique_consecutive(dim=1, return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        given["pieces"] = list(zip(starts.tolist(), [0, *ends[:-1]], ends, strict=True))
+    # one for all layers, in the form that is added to scores: of a boolean mask every layer makes, and keeps, its own;
+    # on a GPU also of rows whose distance in memory is no multiple of eight
+    bias = embeds.new_zeros(*mask.shape[:-1], keys + -keys % 8, dtype=dtype)[..., :keys].masked_fill_(~mask, -math.inf)
     return decoder(inputs_embeds=embeds, attention_mask=bias, position_ids=position_ids, **given).last_hidden_state
 
 
@@ -482,8 +427,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) -> (…, out)
         y = self.base_layer(x)
         # cast the small matrices, not x: the float32 masters still receive every gradient
-        update = F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return y + self.scaling * update.to(y.dtype)
+        small = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, r): scaled while it is small
+        return y + F.linear(small, self.lora_B.to(x.dtype)).to(y.dtype)
 
 
 def train_only(model: nn.Module, *patterns: str) -> list[str]:
@@ -550,11 +495,11 @@ def mean_loss(model, trees: list[Prompt], task, run) -> float:
     """The mean over all supervised tokens of the trees, which are divided over the ranks."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-    with run.equal_passes(model), run.autocast():
-        for batch in run.packed(run.share(trees), task):
-            sums += torch.stack(model(batch)).cpu()
-    total, tokens = run.sum(sums).tolist()
-    return total / tokens
+    with run.equal_passes(model):
+        for batch in run.packed(run.share(trees), task):  # media are read outside autocast, which is the model's
+            with run.autocast():
+                sums += torch.stack(model(batch)).cpu()
+    return float(torch.divide(*run.sum(sums)))
 
 
 def evaluate(model, trees: list[Prompt], examples: list, task, run) -> list[dict]:
@@ -631,40 +576,69 @@ def rank_candidates(model, trees: list[Prompt], branches: dict[str, dict], task,
 
     The likeliest is the exact argmax over the candidates, which a greedy walk through their tokens is not.
     """
-    asked = []
+    asked, found = [], {}
     for tree in trees:
         pairs = {(name, text): branch for name in tree.ids for text, branch in branches[name].items()}
         if pairs:
             asked.append(replace(tree, branches=list(pairs.values()), ids=list(pairs)))
-    log_probs = {}
-    for (name, candidate), log_prob in log_probabilities(model, asked, task, run).items():
-        log_probs.setdefault(name, {})[candidate] = log_prob
-    found = {}
-    for name, by_candidate in log_probs.items():
-        shares = torch.tensor(list(by_candidate.values()), dtype=torch.float64).softmax(0)
-        probabilities = dict(zip(by_candidate, shares.tolist(), strict=True))
+    log_probs = log_probabilities(model, asked, task, run)
+    for name in filter(branches.get, branches):
+        shares = torch.tensor([log_probs[name, text] for text in branches[name]], dtype=torch.float64).softmax(0)
+        probabilities = dict(zip(branches[name], shares.tolist(), strict=True))
         found[name] = {"prediction": max(probabilities, key=probabilities.get), "probabilities": probabilities}
     return found
 
 
 @torch.no_grad()
 def log_probabilities(model, trees: list[Prompt], task, run) -> dict:
-    """{branch ID: the log-probability of all supervised tokens of the branch}"""
+    """{branch ID: the log-probability of all supervised tokens of the branch}
+
+    What several branches of a tree begin with, such as a question and the first words of its candidates, is read once.
+    """
     model.eval()
-    found = {}
-    for batch in run.packed(trees, task):
-        targets, mask = batch["labels"][:, 1:], visible(batch["document"], batch["branch"])
-        supervised = targets != IGNORE
+    found = {name: 0.0 for tree in trees for name in tree.ids}
+    for batch in run.packed([join_branches(tree, run.args.pack_tokens) for tree in trees], task):
+        joined = [part for tree in batch["prompts"] for part in tree.ids]
+        path, scored = torch.eye(batch["branch"].shape[1], dtype=torch.bool), []
+        for end, (parents, predicted) in zip(batch["ends"].tolist(), joined, strict=True):
+            start = end + 1 - len(parents)
+            for i, parent in enumerate(parents, start):
+                path[i] |= path[start + parent]  # what leads to the token; of what is before the branch `sees` decides
+            scored += [(name, start + number, token) for name, number, token in predicted]
+        sees = visible(batch["document"], batch["branch"])
+        mask = sees & ((batch["branch"] == 0) | path.to(sees.device))
+        position_ids = batch["position_ids"] - (sees.sum(-1) - mask.sum(-1))[0]  # as if what is not seen were not there
         with run.autocast():
-            hidden = model.hidden(batch["input_ids"], batch["position_ids"], mask, media=batch)
-            logits = model.lm_head(hidden[:, :-1][supervised]).float()  # (tokens, vocabulary)
-            log_probs = -F.cross_entropy(logits, targets[supervised], reduction="none")  # (tokens,)
-        # number the branches of the sequence 0, 1, … by where each ends
-        owner = torch.searchsorted(batch["ends"], supervised[0].nonzero().squeeze(-1) + 1)
-        sums = torch.zeros(len(batch["ends"]), device=hidden.device).index_add(0, owner, log_probs)
-        names = [name for tree in batch["prompts"] for name in tree.ids]
-        found |= dict(zip(names, sums.tolist(), strict=True))
+            hidden = model.hidden(batch["input_ids"], position_ids, mask, media=batch)[0]  # (T, width)
+            for some in (scored[i : i + 256] for i in range(0, len(scored), 256)):  # logits are large
+                names, *pairs = zip(*some, strict=True)
+                rows, following = torch.tensor(pairs, device=hidden.device)
+                rows, inverse = rows.unique(return_inverse=True)
+                log_probs = model.lm_head(hidden[rows]).float().log_softmax(-1)  # (rows, vocabulary)
+                for name, log_prob in zip(names, log_probs[inverse, following].tolist(), strict=True):
+                    found[name] += log_prob
     return found
+
+
+def join_branches(tree: Prompt, size: int) -> Prompt:
+    """The tree with as few branches as hold `size` tokens each, in which what old ones begin with alike stands once.
+
+    The ID of a new branch is (parents, predicted): of every token the number of the one before it, or -1, and
+    [(old ID, number of a token, the supervised token that follows it)]. The last token of an old branch is not read.
+    """
+    joined = []
+    for (input_ids, labels), name in sorted(zip(tree.branches, tree.ids, strict=True), key=lambda pair: pair[0][0]):
+        last = max(i for i, label in enumerate(labels) if label != IGNORE)
+        if not joined or len(tree.prefix) + len(joined[-1][0]) + last > size:
+            joined.append(({}, []))
+        (numbers, predicted), number = joined[-1], -1  # numbers: (number of the token before, token) -> its own
+        for token, following in zip(input_ids[:last], labels[1 : last + 1], strict=True):
+            number = numbers.setdefault((number, token), len(numbers))
+            if following != IGNORE:
+                predicted.append((name, number, following))
+    branches = [([token for _, token in numbers], [IGNORE] * len(numbers)) for numbers, _ in joined]
+    ids = [([parent for parent, _ in numbers], predicted) for numbers, predicted in joined]
+    return replace(tree, branches=branches, ids=ids)
 
 
 @torch.no_grad()

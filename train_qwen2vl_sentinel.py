@@ -15,7 +15,6 @@ The type and the allowed answers are inferred where an example does not give the
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN --check   # the data check
     python train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN           # one GPU
     torchrun --standalone --nproc-per-node 4 train_qwen2vl_sentinel.py --model FOLDER_OR_HUB_ID --data DATA --out RUN
-    python -m inputs.questions DATA/train.jsonl DATA/train.jsonl     # write types and allowed answers into the file
     bash slurm/qwen2vl_pipeline.sh                                   # a cluster: check, overfit, train, evaluate
 
 To read: this file, then common.py (masking, packing, LoRA, answering), report/scoring.py (when an answer is right) and

@@ -9,24 +9,35 @@ Ours is common.answer with train_qwen2vl_sentinel.py's model and task, greedy: a
 questions, and all questions of a packed sequence are answered side by side. generate gets each question with its image,
 padded on the left, greedy, in batches of several sizes; the fastest counts. Pixels are ready-made on both sides. Both
 answer all questions in turn, several times; ratios are of the same round, and the answers must be the same.
+
+    python benchmarks/answering.py --candidates 200 --questions 20 --pack-tokens 4096
+
+ranks 200 candidates, one to three words of the true answers, for every question, instead; beside it the same with every
+candidate a branch of its own, in which its question is repeated.
 """
 
 import argparse
-import json
+import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import transformers
 from transformers import Qwen2VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import train_qwen2vl_sentinel as script
+from inputs.building import build_trees
 from runtime import Run, models
+from runtime.attention import in_pieces
+from runtime.files import write_json
 from runtime.signals import StopSignal
 
 THREADS = 2
@@ -43,7 +54,7 @@ def load(args) -> tuple:
     examples, problems = script.read_examples(data, settings)
     examples = [example for example in examples if example.split == "test"][: args.questions]
     task.measured = {name: task.measure(data, name)[0] for example in examples for name in example.media}
-    trees, faults = common.build_trees(examples, task)
+    trees, faults = build_trees(examples, task)
     assert not task.faults + problems and not faults, (task.faults, problems, faults)
     if args.larger:
         config = larger(models.config(folder, script.MODELS))
@@ -58,6 +69,7 @@ def load(args) -> tuple:
         return {key: torch.cat([part[key] for part in parts]) for key in ("pixel_values", "image_grid_thw")}
 
     task.read_media = read_media
+    transformers.AttentionInterface.register("sdpa", in_pieces)  # as models.open_model does
     model = script.Qwen2VL(vlm).eval()
     run = Run(settings, Path(settings.out), torch.device("cpu"), torch.float32, StopSignal())
     return model, trees, {example.id: example for example in examples}, task, run
@@ -77,6 +89,27 @@ def larger(config):
 
 def ours(model, trees, examples, task, run) -> dict[str, str]:
     return {name: found["prediction"] for name, found in common.answer(model, trees, examples, task, run).items()}
+
+
+def propose(examples, count: int) -> None:
+    """Give all examples the same `count` candidates."""
+    words, draw, found = sorted({word for e in examples for word in e.answer.split()}), random.Random(0), {}
+    while len(found) < count:
+        found[" ".join(draw.choices(words, k=draw.choice([1, 1, 2, 2, 3])))] = True
+    for example in examples:
+        example.candidates = list(found)
+
+
+def apart(model, trees, examples, task, run) -> dict[str, str]:
+    """Ours, but nothing that candidates begin with is read once for several."""
+    join = common.join_branches
+
+    def alone(tree, size):
+        parts = [join(tree.part([i]), size) for i in range(len(tree.ids))]
+        return replace(tree, branches=[p.branches[0] for p in parts], ids=[p.ids[0] for p in parts])
+
+    with patch.object(common, "join_branches", alone):
+        return ours(model, trees, examples, task, run)
 
 
 @torch.no_grad()
@@ -119,11 +152,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--pack-tokens", type=int, default=2048, help="of ours (default: 2048)")
     parser.add_argument("--max-answer-tokens", type=int, default=24, help="of both (default: 24)")
+    parser.add_argument("--candidates", type=int, help="rank so many for each question, instead of generating")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     model, trees, examples, task, run = load(args)
     sides = {"ours": ours} | {f"generate, batches of {n}": partial(generated, batch=n) for n in args.batches}
+    if args.candidates:
+        run.args.decode, sides = "ranked", {"ours": ours, "every candidate apart": apart}
+        propose(examples.values(), args.candidates)
     seconds, answers = {name: [] for name in sides}, {}
     for turn in range(args.rounds + 1):  # the first is not timed
         for name, side in sides.items():
@@ -134,20 +171,18 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     tokens = statistics.mean(task.images.tokens(task.measured[tree.media[0]]["size"]) for tree in trees)
     print(f"{len(examples)} questions about {len(trees)} images of {tokens:.0f} tokens, {size:,} parameters, float32")
+    print("| | questions/s, median | ours is faster, by round (min–max) |\n|---|---|---|")
     table = {}
     for name, times in seconds.items():
         ratios = [t / o for t, o in zip(times, seconds["ours"], strict=True)]
         same = sum(answers[name][i] == answers["ours"][i] for i in examples)
-        table[name] = {"questions_per_s": len(examples) / statistics.median(times), "same": same, "ours_times": ratios}
-        print(
-            f"{name:<20} {table[name]['questions_per_s']:8.1f} questions/s   ours is {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}–{max(ratios):.2f}) times as fast   same answers {same} of {len(examples)}"
-        )
+        rate = len(examples) / statistics.median(times)
+        table[name] = {"questions_per_s": rate, "same": same, "ours_times": ratios, "seconds": times}
+        print(f"| {name} | {rate:.1f} | {statistics.median(ratios):.1f} × ({min(ratios):.1f}–{max(ratios):.1f}) |")
     if any(side["same"] < len(examples) for side in table.values()):
         raise SystemExit("the answers differ: this compares two different things")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"table": table, "seconds": seconds}, indent=2) + "\n")
+        write_json(args.json, table)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import train_video_plain_lm as script
+from inputs import building
 from report.scoring import normalise
 from runtime import adapters, saving
 
@@ -52,14 +53,14 @@ class VideoSupervised(script.VideoTask):
 @contextmanager
 def task_of(arm: str):
     """The script with the mistake, and without the check that would refuse it, for the arm that is not masked."""
-    task, check, kept = script.VideoTask, common.check_example, saving.KEPT
+    task, check, kept = script.VideoTask, building.check_example, saving.KEPT
     saving.KEPT = 10**6  # every checkpoint is probed
     if arm == "not masked":
-        script.VideoTask, common.check_example = VideoSupervised, lambda *_: None
+        script.VideoTask, building.check_example = VideoSupervised, lambda *_: None
     try:
         yield
     finally:
-        script.VideoTask, common.check_example, saving.KEPT = task, check, kept
+        script.VideoTask, building.check_example, saving.KEPT = task, check, kept
 
 
 def folder_for(demo: Path, target: Path, arm: str, vocabulary: int | None) -> None:
@@ -97,7 +98,7 @@ def probe(folder: Path, flags: list[str], checkpoints: list[Path], examples: int
     chosen = [example for example in script.read_examples(data, args)[0] if example.split == "val" and example.media]
     task.measured = {name: task.measure(data, name)[0] for example in chosen for name in example.media}
     model = script.load_model(folder / "model", task, torch.float32)
-    trees, _ = common.build_trees(chosen, task)  # masked, as all that is not trained on
+    trees, _ = building.build_trees(chosen, task)  # masked, as all that is not trained on
     batches = []
     for tree in trees:
         [packed] = common.pack([tree], args.pack_tokens)

@@ -1,6 +1,6 @@
 """The data check before every run: each file is opened, each example built and decoded again, all faults are listed.
 
-It stands above the rooms: it asks the task (inputs/task.py), common.build_trees, which checks every example's tokens,
+It stands above the rooms: it asks the task (inputs/task.py), building.build_trees, which checks every example's tokens,
 the leakage check and the scorer's audit of report/, and writes check.json. No weights are read before it has passed.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import common
 from inputs import images, prompts, show, sound, videos
+from inputs.building import build_trees
 from inputs.files import SPLITS, file_sha256
 from inputs.task import Example, Problem, Task
 from report import audit, leakage, scoring
@@ -55,7 +56,7 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     refuse_empty({item.split for item in (*examples, *problems)}, splits, args)
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
-        trees = {split: common.build_trees(part, task)[0] for split, part in splits.items()}
+        trees = {split: build_trees(part, task)[0] for split, part in splits.items()}
     trained = sorted({name for example in splits["train"] for name in example.media})
     run.same["media"] = fingerprint((name, digests[name]) for name in trained)
     if args.check:
@@ -128,7 +129,7 @@ def build(examples: list[Example], faults: list[Problem], task: Task) -> tuple[d
     splits, trees, wrong = {}, {}, []
     for split in SPLITS:
         part = [example for example in examples if example.split == split and example.where not in bad]
-        trees[split], texts = common.build_trees(part, task)
+        trees[split], texts = build_trees(part, task)
         wrong += [Problem(e.where, e.id, texts[e.where]) for e in part if e.where in texts]
         splits[split] = [example for example in part if example.where not in texts]
     return splits, trees, wrong

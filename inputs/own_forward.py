@@ -25,7 +25,11 @@ def losses(model, tree: common.Prompt, task: Task, example, run) -> tuple[float,
     keep.remove()
     media, grafted = own_media(model.vlm, batch, task, tree, example, run)
     places = torch.isin(batch["input_ids"], torch.tensor(grafted).to(total.device))
-    place = put_grafted(model, seen["inputs_embeds"], places)
+
+    def graft(_, args, embeds):
+        return torch.where(places.unsqueeze(-1), seen["inputs_embeds"], embeds)
+
+    place = model.vlm.get_input_embeddings().register_forward_hook(graft)
     with torch.no_grad():
         own = model.vlm(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **media).loss
     place.remove()
@@ -45,22 +49,6 @@ def own_media(vlm, batch: dict, task: Task, tree, example, run) -> tuple[dict, l
     if "mm_token_type_ids" in takes:  # which tokens are an image's
         media["mm_token_type_ids"] = (batch["input_ids"] == image_id).long()
     return media, [token_id for token_id in placeholders if token_id != image_id]
-
-
-def put_grafted(model, features: torch.Tensor, places: torch.Tensor):
-    """A hook that gives the decoder `features` at `places`, both (1, T), of what it is called with; to be removed."""
-    decoder, embeddings = model.decoder, model.vlm.get_input_embeddings()
-    takes = inspect.signature(decoder.forward)
-
-    def put(_, args, kwargs):
-        given = dict(takes.bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        embeds = given.get("inputs_embeds")
-        embeds = embeddings(given["input_ids"]) if embeds is None else embeds
-        embeds = torch.where(places.unsqueeze(-1), features, embeds)
-        return (), given | {"input_ids": None, "inputs_embeds": embeds}
-
-    return decoder.register_forward_pre_hook(put, with_kwargs=True)
 
 
 def packing(model, trees: list[common.Prompt], task: Task, run) -> tuple[float, float]:

@@ -1,20 +1,12 @@
-"""Question types and the answers that are allowed, inferred from a question's own words and from what training answers.
-
-python -m inputs.questions IN.jsonl OUT.jsonl    # writes them into a file, to be looked at and corrected
-"""
+"""Question types and allowed answers, inferred from a question's own words and from what training answers."""
 
 import functools
 import json
 import re
-import sys
 import unicodedata
 from collections import Counter, defaultdict
-from pathlib import Path
 
-from inputs import images
-from inputs.files import SPLITS
-from inputs.task import MARK, Example, as_text, collect, named, split_of
-from inputs.texts import read_jsonl, tidy
+from inputs.task import MARK, Example, as_text, named
 from report.scoring import ONE_NUMBER, is_number, normalise, number_said, says_nothing
 
 ARTICLE = r"(?:an?|the)"
@@ -201,51 +193,3 @@ def option_forms(example: Example) -> dict[str, list[str]]:
     letters = list("ABCDEFGH"[: len(options)])
     both = [f"{letter}) {text}" for letter, text in zip(letters, options, strict=True)]
     return {"text": options, "letter": letters, "both": both}
-
-
-# ---- python -m inputs.questions IN OUT ----
-
-
-def write_types(source: Path, target: Path) -> None:
-    """Write the entries of a file again, each with its question_type and, where there are some, answer_candidates.
-
-    What training answers is read from the file itself, or for val.jsonl and test.jsonl from train.jsonl beside it,
-    never from the examples that are to be answered. An entry with a fault is left as it is, for --check to report.
-    """
-    split = source.stem if source.stem in SPLITS else None
-    training = source if split in ("train", None) else source.with_name("train.jsonl")
-    for path in (source, training):
-        if not path.is_file():
-            raise SystemExit(f"{source}: {path} is missing; colors are those that training answers")
-    entries, broken = read_jsonl(source)
-    if broken:
-        raise SystemExit("\n".join([*map(str, broken), "nothing was written"]))
-    make = functools.partial(asked, source.parent)
-    own, problems = collect(((where, split, entry) for where, entry in entries), make)
-    known = [] if training == source else collect(((w, "train", e) for w, e in read_jsonl(training)[0]), make)[0]
-    allow_training_answers(own + known)
-    for problem in problems:
-        print(f"left as it is: {problem}")
-    found = {example.where: example for example in own}
-    for where, entry in entries:
-        if where in found:
-            known = {"question_type": found[where].question_type, "answer_candidates": found[where].candidates}
-            entry |= {name: value for name, value in known.items() if value and not entry.get(name)}
-    lines = [json.dumps(entry, ensure_ascii=where not in found) for where, entry in entries]
-    target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    counts = Counter(example.question_type for example in own).most_common()
-    print(f"{target}: {len(entries)} examples; {', '.join(f'{n} {kind}' for kind, n in counts)}")
-
-
-def asked(data: Path, where: str, split: str | None, entry: dict) -> Example:
-    """An entry's question and answer, in the split that its image or group is in."""
-    entry = images.placed(data, tidy(data, entry))
-    group = named(entry, "group", where)
-    split = split or split_of(group)
-    return Example(where=where, split=split, id=where, group=group, media=entry["images"], **fields(composed(entry)))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    write_types(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from itertools import groupby
 
@@ -30,19 +31,10 @@ def tokens(tokenizer, prefix: list[int], input_ids: list[int], labels: list[int]
 def print_tokens(id: str, tokens: list[tuple]) -> None:
     """What `tokens` gives; supervised tokens stand between « and ». On a terminal it is coloured."""
     print(f"example {shorten(id, 80)}: supervised green, between « and »; masked grey; media blue")
-    line, width = [], 0
     for kind, run in groupby(tokens, lambda token: token[1]):
-        texts = [f"[{count} x {text}]" if kind == "media" else repr(text)[1:-1] for text, _, count in run]
-        if kind == "supervised":
-            texts[0], texts[-1] = f"«{texts[0]}", f"{texts[-1]}»"
-        for text in texts:
-            if width + len(text) > WIDTH and line:
-                print(" ".join(line))
-                line, width = [], 0
-            shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
-            line.append(f"\033[{COLOURS[kind]}m{shown}\033[0m" if sys.stdout.isatty() else shown)
-            width += len(text) + 1
-    print(" ".join(line))
+        text = " ".join(f"[{n} x {text}]" if kind == "media" else repr(text)[1:-1] for text, _, n in run)
+        for line in textwrap.wrap(f"«{text}»" if kind == "supervised" else text, WIDTH):
+            print(f"\033[{COLOURS[kind]}m{line}\033[0m" if sys.stdout.isatty() else line)
 
 
 def print_supervised(tokenizer, tree) -> None:

@@ -50,8 +50,8 @@ def declared(prediction: str, example, meaning: dict) -> bool:
     """Do the data say themselves that this is the example's answer?"""
     if meaning.get(answer_label(prediction)) == meaning[answer_label(example.answer)]:
         return True
-    pair = number_pair(prediction, example.answer)
-    if pair and is_number(example.question_type) and not example.candidates:
+    numbers = is_number(example.question_type) and not example.candidates
+    if pair := numbers and number_pair(prediction, example.answer):
         return pair[0] == pair[1]
     option = option_text(example.answer, example.candidates)  # "left" is enough for "(a) left"
     return example.question_type == "mcq" and answer_label(prediction) == answer_label(option)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 
-import common
+from inputs.building import build_trees
 
 
 def prepare(asked: list, trees: list, task, run) -> tuple:
@@ -21,7 +21,7 @@ def prepare(asked: list, trees: list, task, run) -> tuple:
         blanked.read_media = partial(nothing_to_see, task)  # no lambda: a worker may get it pickled
         return asked, trees, blanked, run
     asked = exchange(asked, task)
-    trees, faults = common.build_trees(asked, task)
+    trees, faults = build_trees(asked, task)
     if faults:
         raise SystemExit("\n".join(f"{where}: {text}" for where, text in faults.items()))
     return asked, trees, task, run

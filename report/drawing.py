@@ -1,9 +1,7 @@
 """Figures of runs, drawn with matplotlib where it is installed: accuracy, calibration, training curves."""
 
-import hashlib
 import io
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -131,32 +129,21 @@ def short_label(text: str) -> str:
 
 
 def figure_svg(figure) -> str:
-    """The figure as SVG to put into a page: no background, its black is the colour of the text around it."""
+    """The figure as SVG, on white as a paper wants it: what the page shows, too."""
     import matplotlib.style
 
     buffer = io.StringIO()
     with matplotlib.style.context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # its style element would hold for all of the page
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("<svg ", '<svg role="img" fill="currentColor" stroke-linejoin="round" ', 1)
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # two figures of a page share no ID
-
-    def adapt(tag) -> str:
-        text = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", tag[0])
-        return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}-", text)
-
-    return re.sub(r"<[^>]*>", adapt, svg)  # inside tags alone: what the texts say is left as it is
+        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def write_figures(folder: Path, figures: dict) -> None:
-    """NAME.svg and NAME.png of each figure, on white, as a paper wants them."""
+    """NAME.svg and NAME.png of each figure."""
     for name, figure in figures.items():
         import matplotlib.style
 
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.svg").write_text(figure_svg(figure), "utf-8")
         with matplotlib.style.context(STYLE):
-            figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
             figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)

@@ -91,16 +91,15 @@ def read_examples(path: Path, split: str, media: Path | None = None) -> list[Exa
     found, problems = read(path, split, media=media)
     first = {}
     for example in found:
-        if not isinstance(example.answer, str | int | float) or scoring.says_nothing(example.answer):
-            text = f"the answer is empty or no text ({example.answer!r}); fix the example"
-            problems.append(Problem(example.where, example.id, text))
-        elif scoring.is_number(example.question_type) and scoring.number_said(example.answer) is None:
-            text = f"the answer {example.answer!r} of the type {example.question_type!r} {scoring.ONE_NUMBER}; fix it"
-            problems.append(Problem(example.where, example.id, text))
+        answer, kind, faults = example.answer, example.question_type, []
+        if not isinstance(answer, str | int | float) or scoring.says_nothing(answer):
+            faults += [f"the answer is empty or no text ({answer!r}); fix the example"]
+        elif scoring.is_number(kind) and scoring.number_said(answer) is None:
+            faults += [f"the answer {answer!r} of the type {kind!r} {scoring.ONE_NUMBER}; fix it"]
         if first.setdefault(example.id, example) is not example and split == "test":
-            text = f"duplicate ID, first used at {first[example.id].where}"
-            problems.append(Problem(example.where, example.id, text))
-        example.answer = str(example.answer)
+            faults += [f"duplicate ID, first used at {first[example.id].where}"]
+        problems += [Problem(example.where, example.id, text) for text in faults]
+        example.answer = str(answer)
     refuse(problems)
     return found
 

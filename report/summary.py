@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 
@@ -72,11 +73,9 @@ def summarise(records: list[dict]) -> dict:
         kinds[record["question_type"]].append(record)
     types = {kind: accuracy(part) | choice_figures(part) | number_figures(part) for kind, part in sorted(kinds.items())}
 
-    def mean(figure) -> float:
-        return sum(figure(entry) for entry in types.values()) / len(types)
-
-    macro = {"exact": mean(lambda entry: entry["exact"]), "relaxed": mean(lambda entry: entry["relaxed"])}
-    macro["baselines"] = {name: mean(lambda e, name=name: e["baselines"][name]) for name in records[0]["baselines"]}
+    macro = {name: float(np.mean([entry[name] for entry in types.values()])) for name in ("exact", "relaxed")}
+    names = records[0]["baselines"]
+    macro["baselines"] = {name: float(np.mean([e["baselines"][name] for e in types.values()])) for name in names}
     return {"types": types, "micro": accuracy(records), "macro": macro}
 
 
@@ -182,12 +181,10 @@ def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> d
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], confidence)  # (n,): the bin of each
     found = []
-    for i in range(bins):
-        inside = of == i
-        n = int(inside.sum())
-        sure, share = (float(x[inside].mean()) if n else None for x in (confidence, right))
-        ends = {"low": float(edges[i]), "high": float(edges[i + 1])}
-        found.append({**ends, "n": n, "confidence": sure, "accuracy": share})
+    for i, (low, high) in enumerate(pairwise(edges.tolist())):
+        n = int((of == i).sum())
+        sure, share = (float(x[of == i].mean()) if n else None for x in (confidence, right))
+        found.append({"low": low, "high": high, "n": n, "confidence": sure, "accuracy": share})
     ece = sum(b["n"] / len(right) * abs(b["accuracy"] - b["confidence"]) for b in found if b["n"])
     return {"ece": ece, "n": len(right), "bins": found}
 

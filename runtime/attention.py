@@ -1,26 +1,64 @@
-"""Attention a document at a time; and a test for language models that nobody has tried: do they heed the mask?"""
+"""Attention without what the mask leaves out; and a test for untried language models: do they heed the mask?"""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
 from runtime.batches import to_device
 
 
-def by_document(module, query, key, value, attention_mask, documents=(), **settings):
-    """transformers' attention without the scores between `documents`, (start, end) pairs, which the mask leaves out.
+def in_pieces(module, query, key, value, attention_mask, pieces=(), blocks=None, **settings):
+    """transformers' attention without most of the scores that the mask leaves out.
 
-    query, key and value are (1, heads, T, width); returns (1, T, heads, width), and None for no weights.
+    query, key and value are (1, heads, T, width); returns (1, T, heads, width), and None for no weights. Of each of
+    `pieces`, (start, first, end), the queries from `first` to `end` see keys from `start` on; all up to themselves
+    where the two are the same, which needs no mask. With `blocks`, and without dropout, it is FlexAttention.
     """
-    if len(documents) < 2:
+    if blocks is not None and not settings.get("dropout"):
+        found = flex_attention(query, key, value, block_mask=blocks, scale=settings.get("scaling"), enable_gqa=True)
+        return found.transpose(1, 2), None
+    if torch.compiler.is_compiling() or not pieces:  # compiled, it would be so anew for each number of them
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    found = []
-    for start, end in documents:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        found.append(sdpa_attention_forward(module, q, k, v, attention_mask[..., start:end, start:end], **settings)[0])
+    found, settings = [], settings | {"is_causal": True}  # where there is no mask
+    for start, first, end in pieces:
+        k, v = key[:, :, start:end], value[:, :, start:end]
+        mask = attention_mask[..., first:end, start:end] if first > start else None
+        found.append(sdpa_attention_forward(module, query[:, :, first:end], k, v, mask, **settings)[0])
     return torch.cat(found, dim=1), None
+
+
+def in_blocks(decoder, inputs, given: dict) -> tuple:
+    """Before a decoder on a GPU: its mask as `blocks` of 128 x 128, those left out in which nothing is visible."""
+    if decoder.training:
+        mask = given["attention_mask"][0, 0]  # (T, T), added to scores
+        seen = (mask == 0).sum(0)  # by how many: of common.visible, by itself and so many that follow without a gap
+
+        def rule(_batch, _head, q, k):
+            return (k <= q) & (q < k + seen[k])
+
+        given["blocks"] = create_block_mask(rule, 1, 1, *mask.shape, mask.device)
+    return inputs, given
+
+
+def compile_layers(decoder, device: torch.device) -> None:
+    """--compile: in training the decoder's layers run compiled, for any length; on a GPU with FlexAttention."""
+
+    def forward(layer, plain, compiled, *inputs, **given):  # answering stays plain: its cache grows with every token
+        return (compiled if layer.training else plain)(*inputs, **given)
+
+    for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        compiled = torch.compile(layer.forward, dynamic=True)
+        if layer.gradient_checkpointing:  # of the compiled layer; within it dropout could draw other numbers again
+            layer.gradient_checkpointing, compiled = False, partial(checkpoint, compiled, use_reentrant=False)
+        layer.forward = partial(forward, layer, layer.forward, compiled)
+    if device.type == "cuda":  # on a CPU FlexAttention has no gradients
+        decoder.register_forward_pre_hook(in_blocks, with_kwargs=True)
 
 
 @torch.no_grad()

@@ -148,6 +148,8 @@ def add_machine(add) -> None:
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=text)
     text = "compute activations again: less memory, slower (default: no)"
     add("--grad-checkpoint", action=YES_NO, default=False, help=text)
+    text = "train with compiled decoder layers, on a GPU with FlexAttention: faster, after a minute (default: no)"
+    add("--compile", action=YES_NO, default=False, help=text)
     text = "send metrics to tensorboard (RUN/tensorboard) or wandb:PROJECT, too; repeatable (default: neither)"
     add("--log-to", action="append", type=board, default=[], metavar="BOARD", help=text)
 

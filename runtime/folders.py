@@ -6,9 +6,7 @@ import os
 import re
 import resource
 import signal
-import threading
 import time
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,14 +39,14 @@ def find(name: str, weights: bool = True, flag: str = "--model") -> Path:
 
 
 def download(name: str, weights: bool, flag: str, tries: int = 5) -> Path:
-    """Fetch a model from the hub; finished files are kept, so that each try resumes where the last one stopped."""
+    """Fetch a model from the hub; what is here already stays, so that each try goes on where the last one stopped."""
     patterns = ["README.md", "*.json", "*.model", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     for attempt in range(1, tries + 1):
         try:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        except OSError as error:  # the hub's own errors are some, too
+        except Exception as error:  # the hub's, or its HTTP library's where a connection is reset
             status = getattr(getattr(error, "response", None), "status_code", None)
-            offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")  # a compute node: slurm/download.sh
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE  # a compute node: slurm/download.sh
             if attempt == tries or offline or status in (401, 403, 404):
                 raise SystemExit(f"{flag} {name}: neither a folder here nor to be downloaded: {error}") from None
             print(f"download of {name} failed ({error}); try {attempt + 1} of {tries}", flush=True)
@@ -162,20 +160,6 @@ def weights(folders: dict[str, Path], known: dict) -> dict[str, dict]:
             before = known.get(name)
             found[name] = before if before and before["file"] == file else {"sha256": sha256(path), "file": file}
     return found
-
-
-def in_background(function) -> Future:
-    """function() in a thread, which the program's end does not wait for; result() does, and raises what it raised."""
-    future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # result() raises it
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
 
 
 @contextmanager

@@ -25,6 +25,7 @@ NAMES = {
     "--lora-r": ("--lora-rank",),
     "--log-to": ("--report-to", "--tensorboard", "--wandb", "--wandb-project", "--use-wandb"),
     "--resume": ("--resume-from-checkpoint", "--resume-from", "--checkpoint"),
+    "--compile": ("--torch-compile", "--use-flash-attn", "--attn-implementation"),
     "--grad-checkpoint": ("--gradient-checkpointing", "--activation-checkpointing"),
     "--save-every": ("--save-steps", "--save-interval", "--save-strategy", "--checkpointing-steps"),
     "--eval-every": ("--eval-steps", "--eval-interval", "--eval-strategy", "--evaluation-strategy"),

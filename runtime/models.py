@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 import common
 from runtime import adapters, card, checkpoints, folders, optimizers, original_llava, show
-from runtime.attention import by_document
+from runtime.attention import in_pieces
 from runtime.files import replacing, write_json
 from runtime.folders import read_json, readable
 from runtime.ranks import on_first_rank
@@ -131,7 +131,7 @@ def open_model(
     is that part of a larger model whose names begin so; transformers translates the rest of them, load_part does not.
     `from_scratch` alone draws the weights; under torch.device("meta") there are none.
     """
-    transformers.AttentionInterface.register("sdpa", by_document)  # the same, except where documents are given
+    transformers.AttentionInterface.register("sdpa", in_pieces)  # the same where none are given
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     with readable(f"--model {folder}"):  # it ends where there is no such model, or none whose attention takes a mask
         if torch.get_default_device().type == "meta" or from_scratch:

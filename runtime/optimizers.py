@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from runtime import adapters, shards
 
@@ -21,8 +22,9 @@ def parameter_groups(trained: dict[str, nn.Parameter], args) -> list[dict]:
         part = next((part for part in rates if re.fullmatch(args.parts[part], name)), None)
         counts[part] += parameter.numel()
         decay = args.weight_decay if parameter.ndim > 1 else 0.0
-        new = {"params": [], "weight_decay": decay, "scale": rates[part] / args.lr if part else 1.0}
-        groups.setdefault((part, parameter.ndim > 1), new)["params"].append(parameter)
+        fused = parameter.is_cuda and not isinstance(parameter, DTensor)  # in one kernel
+        new = {"params": [], "weight_decay": decay, "scale": rates[part] / args.lr if part else 1.0, "fused": fused}
+        groups.setdefault((part, parameter.ndim > 1, fused), new)["params"].append(parameter)
     for part in sorted(rates.keys() - counts):
         name = f"lr-{part}"
         raise SystemExit(f"--{name}: nothing of the {part} part is trained (--tune {args.tune}); leave it out")
@@ -49,5 +51,4 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[st
     for key, value in tensors.items():
         name, _, entry = key.rpartition(" ")
         value = value.clone()  # not a view of the file, which is removed during the run
-        parameter = parameters[name]
-        optimizer.state[parameter][entry] = value if entry == "step" else shards.as_sharded(value, parameter)
+        optimizer.state[parameters[name]][entry] = shards.as_sharded(value, parameters[name])

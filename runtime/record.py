@@ -27,15 +27,10 @@ def describe(args: argparse.Namespace) -> dict:
     }
 
 
-def code() -> dict:
-    """The script that runs, its digest, and the commit; of whoever answers results.json has it, too."""
-    script = Path(sys.argv[0])
-    found = {"script": script.name, "script_sha256": sha256(script) if script.is_file() else None}
-    return found | commit(Path(__file__).resolve().parent)
-
-
-def commit(folder: Path) -> dict:
-    """The commit that the code is of, and whether files differ from it; None where it is no git checkout."""
+def code(file=__file__) -> dict:
+    """The script that runs, its digest, the commit of the checkout with `file`, and whether files there differ from it;
+    None where it is no checkout. Of whoever answers results.json has it, too."""
+    script, folder = Path(sys.argv[0]), Path(file).resolve().parent
 
     def git(*command: str) -> str | None:
         try:
@@ -45,4 +40,5 @@ def commit(folder: Path) -> dict:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head, differing = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"git_commit": head, "git_differs": None if head is None else bool(differing)}
+    found = {"script": script.name, "script_sha256": sha256(script) if script.is_file() else None}
+    return found | {"git_commit": head, "git_differs": None if head is None else bool(differing)}

@@ -23,8 +23,7 @@ def save(run: Path, step: int, write, state: dict, best: int = 0) -> None:
     """Write checkpoints/step-N: beside its final name, synced, then renamed: a kill leaves the old ones complete.
 
     write(folder) puts the tensors there; state is saved as state.json. Of older ones that of step `best` is kept. The
-    first rank writes, the others wait.
-    SystemExit where it fails: what was saved before is complete.
+    first rank writes, the others wait. SystemExit where it fails: what was saved before is complete.
     """
     folder = folder_of(run, step)
     temporary = folder.with_suffix(".writing")
@@ -79,25 +78,19 @@ def fault(folder: Path) -> str | None:
 
 
 def find(run: Path, resume: str) -> Path | None:
-    """The checkpoint that --resume names: a folder, or with "auto" the newest of the run whose manifest holds."""
-    found = on_first_rank(lambda: newest(run) if resume == "auto" else named(run, resume))
+    """The checkpoint of --resume: a folder, "auto" (the newest whose manifest holds), "none" (it may hold none)."""
+    found = on_first_rank(lambda: choose(run, resume))
     return Path(found) if found else None
 
 
-def named(run: Path, resume: str) -> str | None:
-    """The folder itself; with "none" nothing, and the run may hold no checkpoint."""
-    if resume != "none":
-        wrong = fault(Path(resume))
-        if wrong:
+def choose(run: Path, resume: str) -> str | None:
+    if resume not in ("auto", "none"):
+        if wrong := fault(Path(resume)):
             raise SystemExit(f"--resume {resume}: {wrong}")
         return resume
-    if any((run / "checkpoints").glob("step-????????")):
-        raise SystemExit(f"{run} holds checkpoints of an earlier run: use another --out, or --resume auto to resume it")
-    return None
-
-
-def newest(run: Path) -> str | None:
     folders = sorted((run / "checkpoints").glob("step-????????"), reverse=True)
+    if resume == "none" and folders:
+        raise SystemExit(f"{run} holds checkpoints of an earlier run: use another --out, or --resume auto to resume it")
     for folder in folders:
         wrong = fault(folder)
         if not wrong:

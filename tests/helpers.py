@@ -13,8 +13,8 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-import common
 import train_llava_med
+from inputs.building import build_trees
 from inputs.task import Task
 
 
@@ -53,7 +53,7 @@ def load_demo(folder: Path, script=train_llava_med, *flags) -> SimpleNamespace:
     examples, problems = script.read_examples(folder / "data", args)
     media = Path(args.media_root)
     task.measured = {name: task.measure(media, name)[0] for example in examples for name in example.media}
-    trees, found = common.build_trees([example for example in examples if example.split == "train"], task)
+    trees, found = build_trees([example for example in examples if example.split == "train"], task)
     assert task.faults + problems == [] and found == {}
     read_media = partial(task.read_media, media)
     return SimpleNamespace(args=args, folder=folder, task=task, examples=examples, trees=trees, read_media=read_media)

@@ -4,6 +4,7 @@ are always one of the allowed; candidate scores are exact."""
 import math
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -241,7 +242,7 @@ def run_of(max_tokens: int, read_media=lambda trees: {}, **args) -> SimpleNamesp
         return ({**batch, **read_media(batch["prompts"])} for batch in pack(trees, max_tokens))
 
     return SimpleNamespace(
-        args=SimpleNamespace(**args),
+        args=SimpleNamespace(pack_tokens=max_tokens, **args),
         packed=packed,
         autocast=nullcontext,
         share=lambda trees: trees,
@@ -265,20 +266,60 @@ def test_ranking_finds_the_likeliest_answer_where_a_greedy_walk_does_not():
     assert {name: math.exp(value) for name, value in found.items()} == pytest.approx({"ax": 0.3, "ay": 0.3, "b": 0.4})
 
 
-def test_log_probabilities_equal_separate_forward_passes(demo):
+def alone(model, trees) -> dict:
+    """{branch ID: log-probability}, as log_probabilities, by a forward pass of transformers for every branch."""
+    found = {}
+    for prompt, media in trees:
+        for name, (ids, labels) in zip(prompt.ids, prompt.branches, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt.prefix + ids]), **media).logits[0]
+            log_probs = logits.log_softmax(-1)[len(prompt.prefix) - 1 :]  # t predicts the branch's token t
+            found[name] = float(sum(log_probs[t, ids[t]] for t in range(len(ids)) if labels[t] != IGNORE))
+    return found
+
+
+def with_candidates(tree: Prompt, answers: list[list[int]]) -> Prompt:
+    """The tree with each of `answers` as a candidate of each of its questions."""
+    asked = list(zip(tree.ids, answering_prompt(tree).branches, strict=True))
+    branches = [(ids + answer, [IGNORE] * len(ids) + answer) for _, (ids, _) in asked for answer in answers]
+    return replace(tree, branches=branches, ids=[(name, i) for name, _ in asked for i in range(len(answers))])
+
+
+@pytest.mark.parametrize("max_tokens", [150, 4096])  # candidates of a question in several sequences, and all in one
+def test_log_probabilities_equal_separate_forward_passes(demo, max_tokens):
     model, read_media, trees = demo
-    trees = [tree.part(range(4)) for tree in trees[:3]]
-    found = log_probabilities(model, trees, None, run_of(4096, read_media))
-    expected = {}
-    with torch.no_grad():
-        for prompt in trees:
-            images = read_media([prompt])["pixel_values"]
-            for name, (ids, labels) in zip(prompt.ids, prompt.branches, strict=True):
-                logits = model.vlm(input_ids=torch.tensor([prompt.prefix + ids]), pixel_values=images).logits[0]
-                log_probs = logits.log_softmax(-1)[len(prompt.prefix) - 1 :]  # t predicts the branch's token t
-                expected[name] = float(sum(log_probs[t, ids[t]] for t in range(len(ids)) if labels[t] != IGNORE))
-    assert len(found) == 12
+    # several begin alike, one begins another, two are the same, and one has a token that is not supervised
+    answers = [[8, 9, EOS], [8, EOS], [20, EOS], [8, 9, 30, EOS], [20, EOS], [*range(40, 60), EOS], [8, 31, EOS]]
+    trees = [with_candidates(tree.part(range(3)), answers) for tree in trees[:3]]
+    for tree in trees:
+        tree.branches[0][1][-2] = IGNORE
+    found = log_probabilities(model, trees, None, run_of(max_tokens, read_media))
+    expected = alone(model.vlm, [(tree, read_media([tree])) for tree in trees])
+    assert list(found) == list(expected) and len(found) == 3 * 3 * len(answers)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    if max_tokens == 4096:
+        assert all(found[name, 2] == found[name, 4] for name, _ in found)
+
+
+def test_what_candidates_begin_with_is_read_once():
+    model, read = tiny_model(3), []
+    hidden = model.hidden
+    model.hidden = lambda input_ids, *rest, **more: read.append(input_ids.tolist()) or hidden(input_ids, *rest, **more)
+    answers = [[30, 31, EOS], [30, EOS], [30, 31, 32, EOS], [33, EOS]]
+    branches = [([question, 20, *x], [IGNORE, IGNORE, *x]) for question in (11, 10) for x in answers]
+    log_probabilities(model, [Prompt([1, 9], branches, range(8))], None, run_of(100))
+    assert read == [[[1, 9, 10, 20, 30, 31, 32, 33, 11, 20, 30, 31, 32, 33]]]  # and no EOS: nothing follows it
+
+
+def test_candidates_without_a_prefix_have_their_probabilities():
+    model, draw = tiny_model(4), torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 40, (3 + i % 3,), generator=draw).tolist() for i in range(12)]
+    branches = [(x, [IGNORE, *x[1:]]) for x in ids]
+    trees = [Prompt([], branches[:8], range(8)), Prompt([], branches[8:], range(8, 12))]
+    one = log_probabilities(model, trees, None, run_of(60))
+    for name, branch in enumerate(branches):
+        [single] = log_probabilities(model, [Prompt([], [branch], ["x"])], None, run_of(60)).values()
+        assert one[name] == pytest.approx(single, abs=1e-4)
 
 
 def test_probabilities_of_all_answers_of_a_length_sum_to_one():

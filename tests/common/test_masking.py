@@ -10,8 +10,9 @@ from helpers import load_demo
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
-from common import IGNORE, check_example, encode_supervised, expand_placeholder, put_features
+from common import IGNORE, encode_supervised, expand_placeholder, put_features
 from inputs import images
+from inputs.building import check_example
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -196,6 +197,24 @@ def test_sentencepiece_ids_equal_those_of_the_text_without_sentinels(kind, text)
     assert [piece.rstrip("*") for piece in encoded(tokenizer, text)] == plain
 
 
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer", "bytes"])
+def test_the_supervised_part_ends_where_the_text_with_its_answer_does(kind, bytes_bpe):
+    tokenizer = bytes_bpe if kind == "bytes" else sentencepiece(kind)
+    for number in range(100):
+        answer = random_answer(number)
+        if "<ANS>" in answer or "</ANS>" in answer or (kind != "bytes" and not answer.isascii()):
+            continue
+        for after in ("", " q", tokenizer.eos_token):  # a text may end with a second EOS
+            text = f"[X] {number}<ANS>{answer}</ANS>{tokenizer.eos_token}{after}"
+            input_ids, labels = encode_supervised(tokenizer, text)
+            answered = tokenizer.encode(f"[X] {number}{answer}", add_special_tokens=False)
+            end = max(i for i, label in enumerate(labels) if label != IGNORE)
+            assert input_ids[end] == tokenizer.eos_token_id
+            asked = tokenizer.encode(f"[X] {number}", add_special_tokens=False)
+            if answered[: len(asked)] == asked and answered != asked:  # no merge crosses where the answer begins
+                assert input_ids[:end] == answered and labels.count(IGNORE) == len(input_ids) - (end + 1 - len(asked))
+
+
 # --- the same IDs as transformers' processor -------------------------------------------------------------------
 
 
@@ -268,6 +287,13 @@ def test_exactly_the_answer_and_its_eos_must_be_supervised(demo):
     ):
         with pytest.raises(ValueError, match="supervised would be"):
             check_example(example, demo.task, prefix, input_ids, wrong)
+
+
+def test_a_branch_that_begins_with_a_supervised_token_is_refused(demo):
+    """The token before it may be another branch's."""
+    example, prefix, input_ids, labels, start = parts(demo)
+    with pytest.raises(ValueError, match="the branch's first token is supervised; begin it with prompt text"):
+        check_example(example, demo.task, prefix + input_ids[:start], input_ids[start:], labels[start:])
 
 
 def test_placeholders_must_be_as_many_as_features_and_none_after_them(demo):

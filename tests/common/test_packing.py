@@ -89,6 +89,8 @@ def test_every_rank_gets_as_many_sequences_as_the_others_and_each_question_once(
     load = [sum(batch["input_ids"].numel() for batch in sequences[r::ranks]) for r in range(ranks)]
     # the emptiest sequence is never fuller than another without its last tree
     assert max(load) - min(load) <= max(map(len, trees)) * len(sequences) / ranks
+    own = [batch["input_ids"].tolist() for batch in pack(trees, 64, ranks, rank=ranks - 1)]
+    assert own == [batch["input_ids"].tolist() for batch in sequences[ranks - 1 :: ranks]]
 
 
 def test_for_a_rank_without_a_tree_of_its_own_nothing_is_supervised():
@@ -141,12 +143,6 @@ def test_a_branch_that_does_not_fit_is_named():
     assert len(pack([tree(5, 2, 5)], max_tokens=10)) == 2
     with pytest.raises(ValueError, match=r"example t1 needs 10 tokens, more than --pack-tokens 9"):
         pack([tree(5, 2, 5)], max_tokens=9)
-
-
-def test_a_branch_that_begins_with_a_supervised_token_is_refused():
-    prompt = Prompt([1, 2], [([3, 4], [IGNORE, 4]), ([5, 6], [5, 6])], ["good", "bad"])
-    with pytest.raises(ValueError, match=r"example bad: the branch's first token is supervised"):
-        pack([prompt], max_tokens=10)
 
 
 # --- the visibility rule ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from helpers import load_demo
 from tokenizers import AddedToken
 
-from common import build_trees, refuse_tokens
+from inputs.building import build_trees, refuse_tokens
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,11 @@ def test_questions_of_an_image_share_a_tree_in_the_order_of_their_appearance(dem
         for name, branch in zip(tree.ids, tree.branches, strict=True):
             example = next(e for e in asked if e.id == name)
             assert (tree.prefix, *branch) == demo.task.encode(example, example.answer)
+
+
+def test_equal_prefixes_are_in_memory_once(demo, asked):
+    trees, _ = build_trees(asked, demo.task)
+    assert trees[0].prefix is trees[1].prefix and trees[0].media != trees[1].media
 
 
 def test_without_sharing_each_question_has_a_tree(demo, asked):

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaProcessor
 import common
 import train_qwen2vl_sentinel
 from inputs import prompts
+from inputs.building import build_trees
 
 # as published: the parts of a turn, and what it is asked with
 IMAGES = "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -40,7 +41,7 @@ def data(demo_folder):
 def with_template(data, template: str):
     data.task.tokenizer.chat_template = template
     example = data.examples[0]
-    (tree,), faults = common.build_trees([example], data.task)
+    (tree,), faults = build_trees([example], data.task)
     assert not faults
     return example, tree
 
@@ -125,5 +126,24 @@ def test_what_whoever_asks_must_add_is_said(qwen_folder):
     args = SimpleNamespace(**{**vars(data.args), "sentinels": "keep", "decode": "greedy"})
     task = train_qwen2vl_sentinel.QwenTask(data.folder / "model", args)
     task.measured = data.task.measured
-    (tree,), _ = common.build_trees(data.examples[:1], task)
+    (tree,), _ = build_trees(data.examples[:1], task)
     assert prompts.prove(task, data.examples[0], tree).endswith("; whoever asks must add '<ANS>'")
+
+
+def test_a_question_is_rendered_once_for_all_images_and_anew_in_another_template(data, monkeypatch):
+    tokenizer, rendered = data.task.tokenizer, []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(a) or render(*a, **k))
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
+    found = [common.conversation(tokenizer, asked, answer) for answer in ("yes", "no", "yes")]
+    assert len(rendered) == 2 and found[0] == found[2] == found[1].replace("no", "yes")  # the prompt, and answered
+    tokenizer.chat_template = COLON
+    assert common.conversation(tokenizer, asked, "no") == "USER: <image>Is it? ASSISTANT:<ANS> no</ANS></s>"
+    tokenizer.eos_token = "<unk>"
+    assert common.conversation(tokenizer, asked, "no").endswith("</ANS><unk>")
+    tokenizer.chat_template = "{{ pad_token }}" + COLON
+    for pad in ("<unk>", "</s>"):  # any token that a template writes
+        tokenizer.pad_token = pad
+        assert common.conversation(tokenizer, asked, "no").startswith(f"{pad}USER")
+    asked[0]["content"][1]["text"] = "Was it?"
+    assert "Was it?" in common.conversation(tokenizer, asked, "no")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from inputs import show
-from inputs.questions import allow_training_answers, answer_candidates, fields, question_type, write_types
+from inputs.questions import allow_training_answers, answer_candidates, fields, question_type
 from inputs.task import Example
 from report.scoring import answerable, score_answer
 
@@ -85,15 +85,6 @@ def test_half_a_character_is_a_fault_wherever_it_stands(script, tmp_path):
     *found, read = faults_of(script, tmp_path, *half, intact)
     assert [line for line in found if "half a character" not in line or not line.encode()] == []
     assert read[:2] == tuple(intact.values())
-
-
-def test_half_a_character_is_left_as_it_is_where_types_are_written(tmp_path, capsys):
-    rows = [{"image": "a.jpg", "question": "Is it?", "answer": answer} for answer in ("yes \ud83d", "yes")]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_types(tmp_path / "train.jsonl", tmp_path / "out.jsonl")
-    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines())
-    assert first == rows[0] and second["answer_candidates"] == ["yes", "no"]
-    assert "left as it is: train.jsonl:1: half a character" in capsys.readouterr().out
 
 
 def test_texts_of_conversations_and_histories_are_no_lists(tmp_path):

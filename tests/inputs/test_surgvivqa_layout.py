@@ -13,9 +13,9 @@ from helpers import load_demo, read_lines
 from helpers import refused as script_refused
 from PIL import Image
 
-import common
 import train_surg_video_vqa as script
 from inputs import data_check
+from inputs.building import build_trees
 from report import scoring
 from report.baselines import blind_answers
 
@@ -57,7 +57,7 @@ def test_plain_lines_give_the_same_tokens_as_published_ones(video_folder, data, 
     assert problems == []
     task = copy(data.task)
     task.measured = {name: task.measure(tmp_path, name)[0] for example in examples for name in example.media}
-    trees, faults = common.build_trees([example for example in examples if example.split == "train"], task)
+    trees, faults = build_trees([example for example in examples if example.split == "train"], task)
     assert faults == {}
     expected = [(tree.ids, tree.prefix, tree.branches) for tree in data.trees]
     assert [(tree.ids, tree.prefix, tree.branches) for tree in trees] == expected

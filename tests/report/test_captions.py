@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import load_demo
 
-import common
 import train_video_plain_lm as script
 from common import IGNORE, Prompt, pack
+from inputs.building import build_trees
 from report import captions
 from runtime.program import Run
 from runtime.signals import StopSignal
@@ -45,14 +45,14 @@ def run_of(little, **settings) -> Run:
 def trees_of(little, *splits) -> tuple[list, list]:
     """The examples with a video of some splits, and their prompt trees."""
     examples = [example for example in little.examples if example.split in splits and example.media]
-    trees, faults = common.build_trees(examples, little.task)
+    trees, faults = build_trees(examples, little.task)
     assert faults == {}
     return examples, trees
 
 
 def test_perplexity_and_retrieval_are_those_of_transformers_own_loss(little, model):
     examples = [example for example in little.examples if example.split == "test"]
-    trees, _ = common.build_trees(examples, little.task)
+    trees, _ = build_trees(examples, little.task)
 
     def log_prob(tree, branch):
         [packed] = pack([Prompt(tree.prefix, [branch], ["x"], tree.media)], 4096)

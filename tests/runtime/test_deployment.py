@@ -19,6 +19,7 @@ import train_surg_video_vqa
 import train_umbrella_mri
 import train_video_plain_lm
 from demo.umbrella_mri import SIGLIP
+from inputs.building import build_trees
 from runtime import card
 
 SMALL = ["--max-steps", 12, "--questions-per-step", 32, "--lr", 3e-3, "--decode", "greedy", "--lora-dropout", 0]
@@ -93,7 +94,7 @@ def test_the_card_s_snippet_asks_what_was_trained_and_gives_the_answers_evaluate
     rows = [record | {"image": str(folder / "data" / record["media"][0])} for record in records]
     demo = load_demo(folder, script, *flags)
     asked = [example for example in demo.examples if example.id in {record["id"] for record in records}]
-    trees, _ = common.build_trees(asked, demo.task)
+    trees, _ = build_trees(asked, demo.task)
     prompts = {
         name: tree.prefix + branch
         for tree in map(common.answering_prompt, trees)

@@ -6,9 +6,7 @@ Image sizes are mixed in every test: a wide frame stands for 80 tokens, the othe
 import json
 import random
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from transformers import (
 import common
 import train_qwen2vl_sentinel as script
 from common import IGNORE, Prompt, answering_prompt, pack
-from inputs.questions import write_types
+from inputs.building import build_trees
 from inputs.task import Example
 from report import scoring
 from runtime import EXIT_STOPPED, Run, models
@@ -102,7 +100,7 @@ def test_kept_sentinels_stand_in_the_input_and_are_not_supervised(data):
     _, input_ids, labels = task.encode(example, example.answer)
     assert task.tokenizer.decode(input_ids).endswith(f"assistant\n<ANS>{example.answer}</ANS><|im_end|>")
     assert task.tokenizer.decode([label for label in labels if label != IGNORE]) == example.answer + "<|im_end|>"
-    assert common.build_trees([example], task)[1] == {}
+    assert build_trees([example], task)[1] == {}
 
 
 def test_positions_are_those_of_a_question_alone(data):
@@ -189,7 +187,7 @@ def test_qwen2_5_vl_packs_as_exactly(data, tmp_path):
     vlm.save_pretrained(tmp_path / "model")
     task = script.QwenTask(tmp_path / "model", SimpleNamespace(**{**vars(data.args), "tune": "full"}))
     task.measured = data.task.measured
-    trees, faults = common.build_trees([example for example in data.examples if example.split == "train"], task)
+    trees, faults = build_trees([example for example in data.examples if example.split == "train"], task)
     assert task.faults == [] and faults == {}
     model = script.load_model(tmp_path / "model", task, torch.float32)
     read_media = partial(task.read_media, data.folder / "data")
@@ -335,70 +333,6 @@ def test_test_answers_never_become_candidates(tmp_path):
         test=[("What color is it?", "white", {}), (REMOVED, "partly", {})],
     )
     assert {tuple(example.candidates) for example in examples.values()} == {("red",), ("yes", "no")}
-
-
-def test_the_command_that_writes_types_is_the_documented_one(tmp_path, monkeypatch):
-    """`python -m inputs.questions IN OUT`"""
-    examples_of(tmp_path, train=[("What color is it?", "red", {})])
-    monkeypatch.setattr("sys.argv", ["inputs.questions", str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl")])
-    monkeypatch.delitem(sys.modules, "inputs.questions")
-    runpy.run_module("inputs.questions", run_name="__main__")
-    assert read_lines(tmp_path / "out.jsonl")[0]["question_type"] == "color"
-    monkeypatch.setattr("sys.argv", ["inputs.questions", str(tmp_path / "train.jsonl")])
-    with pytest.raises(SystemExit, match=r"IN\.jsonl OUT\.jsonl"):
-        runpy.run_module("inputs.questions", run_name="__main__")
-
-
-def test_enriching_writes_types_and_candidates_and_an_example_s_own_value_wins(tmp_path):
-    examples_of(
-        tmp_path,
-        train=[("What color is it?", "red", {}), ("Is it red?", "yes", {"question_type": "mine", "extra": 1})],
-        test=[
-            ("What color is it?", "blue", {}),
-            ("Which? (a) x (b) y", "x", {"answer_candidates": ["x", "z"]}),
-            ("Describe it.", "a fold", {}),
-        ],
-    )
-    before = read_lines(tmp_path / "test.jsonl")
-    write_types(tmp_path / "train.jsonl", tmp_path / "out.jsonl")
-    first, second = read_lines(tmp_path / "out.jsonl")
-    assert first == {**first, "question_type": "color", "answer_candidates": ["red"]}
-    assert second == {**second, "question_type": "mine", "extra": 1} and "answer_candidates" not in second
-
-    write_types(tmp_path / "test.jsonl", tmp_path / "out.jsonl")
-    assert read_lines(tmp_path / "out.jsonl") == [
-        {**before[0], "question_type": "color", "answer_candidates": ["red"]},  # of train.jsonl beside it
-        {**before[1], "question_type": "mcq", "answer_candidates": ["x", "z"]},
-        {**before[2], "question_type": "open_ended"},
-    ]
-
-
-def test_enriching_changes_no_example_with_a_fault_and_loses_none(tmp_path, capsys):
-    entries = [{"image": "a.jpg", "question": "Is it?", "answer": answer} for answer in (None, "yes")]
-    write_lines(tmp_path / "train.jsonl", entries)
-    write_types(tmp_path / "train.jsonl", tmp_path / "train.jsonl")
-    enriched = {**entries[1], "question_type": "yes_no", "answer_candidates": ["yes", "no"]}
-    assert read_lines(tmp_path / "train.jsonl") == [entries[0], enriched]
-    assert "left as it is: train.jsonl:1: the answer is empty (None)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name, text", [("train.jsonl", "{broken"), ("test.jsonl", "{}"), ("missing.jsonl", None)])
-def test_enriching_writes_nothing_where_it_cannot_know(tmp_path, name, text):
-    """A line that is no JSON; test questions without the training answers beside them; no file."""
-    if text:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit) as caught:
-        write_types(tmp_path / name, tmp_path / "out.jsonl")
-    assert isinstance(caught.value.code, str) and name in caught.value.code
-    assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_enriching_changes_no_result(tmp_path):
-    """What is inferred counts the same once it is written into the file: no example becomes a fault."""
-    examples_of(tmp_path, train=[("What color is it?", "red", {})], test=[("What color is it?", "green", {})])
-    for name in ("train.jsonl", "test.jsonl"):
-        write_types(tmp_path / name, tmp_path / name)
-    assert [(e.candidates, scoring.answerable(e)) for e in read(tmp_path)] == [(["red"], True), (["red"], False)]
 
 
 def test_candidates_do_not_depend_on_the_limit(tmp_path):
@@ -695,4 +629,4 @@ def test_answers_of_every_kind_are_supervised_character_for_character_with_the_c
         answer = "".join(draw.choices("Pink(a)[1]</ANS é彩🩺0-9.;' ", k=draw.randrange(1, 20))).strip() or "x"
         if any(token in answer for token in ("<ANS>", "</ANS>")):
             continue
-        assert common.build_trees([replace(data.examples[0], answer=answer)], data.task)[1] == {}
+        assert build_trees([replace(data.examples[0], answer=answer)], data.task)[1] == {}

@@ -18,6 +18,7 @@ import train_llava_med
 import train_qwen2vl_sentinel
 from inputs import own_forward, prompts, questions
 from inputs import turns as read_turns
+from inputs.building import build_trees
 from report import blind, examples
 from report.baselines import blind_answers
 from runtime import card
@@ -75,7 +76,7 @@ def test_the_prompt_is_that_of_transformers_own_processor(loaded, kind, monkeypa
     else:
         processor = Qwen2VLProcessor(task.processor, tokenizer, video_processor=SimpleNamespace(merge_size=2))
     for example in by_id(data).values():
-        (tree,), _ = common.build_trees([example], task)
+        (tree,), _ = build_trees([example], task)
         pictures = [Image.open(data.folder / "data" / name) for name in example.media]
         text = tokenizer.apply_chat_template(task.messages(example), tokenize=False, add_generation_prompt=True)
         settings = {"add_special_tokens": not text.startswith("<s>")}
@@ -285,7 +286,7 @@ def test_loss_and_gradients_are_those_of_transformers_own_forward_and_of_example
     unshared = SimpleNamespace(**{**vars(data.args), "share_prefix": False})
     task = SCRIPTS[kind].__dict__[{"llava": "LlavaTask", "qwen": "QwenTask"}[kind]](data.folder / "model", unshared)
     task.measured = data.task.measured
-    alone, _ = common.build_trees(list(examples.values()), task)
+    alone, _ = build_trees(list(examples.values()), task)
     assert len(alone) == len(examples) > len(data.trees)
     sums = [gradients(model, sum(model(batch)[0] for batch in run.packed(t, task))) for t in (data.trees, alone)]
     assert difference(*sums) < 1e-3
@@ -316,7 +317,7 @@ def test_blind_runs_exchange_images_of_examples_that_show_as_many(loaded, kind):
     assert [len(e.media) for e in exchanged] == [len(e.media) for e in asked]
     shown = [(a.media, b.media) for a, b in zip(asked, exchanged, strict=True) if a.media]
     assert shown and all(not set(mine) & set(other) for mine, other in shown)
-    assert common.build_trees(exchanged, loaded[kind].task)[1] == {}
+    assert build_trees(exchanged, loaded[kind].task)[1] == {}
 
 
 def test_a_blind_run_shows_no_image_again_in_another_list(loaded):
@@ -396,7 +397,7 @@ def test_a_system_text_may_hold_no_token(folders, tmp_path, capsys, kind, token,
 def test_an_answer_may_hold_no_mark(loaded, kind):
     task, example = loaded[kind].task, by_id(loaded[kind])["one"]
     for wrong in (replace(example, answer="<image>"), replace(example, history=[("Well?", "<image>")])):
-        (fault,) = common.build_trees([wrong], task)[1].values()
+        (fault,) = build_trees([wrong], task)[1].values()
         assert "<image>" in fault
 
 

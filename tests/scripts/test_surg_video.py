@@ -26,6 +26,7 @@ import train_qwen2vl_sentinel
 import train_surg_video_vqa as script
 from common import IGNORE, answering_prompt, pack
 from inputs import images
+from inputs.building import build_trees
 from report import scoring
 from report.baselines import blind_answers
 from runtime import EXIT_STOPPED, Run, models
@@ -101,7 +102,7 @@ def test_a_system_text_is_that_of_the_flag_or_of_the_example(video_folder):
     asked = load_demo(video_folder, script, "--system", "Be brief.")
     example = asked.examples[0]
     for system, text in (("", "Be brief."), ("You are a surgeon.", "You are a surgeon.")):
-        (tree,), _ = common.build_trees([replace(example, system=system)], asked.task)
+        (tree,), _ = build_trees([replace(example, system=system)], asked.task)
         assert asked.task.tokenizer.decode(tree.prefix).startswith(f"<|im_start|>system\n{text}<|im_end|>\n")
     entry = {"frames": ["a.jpg"], "question": "Is it?", "answer": "yes", "video_id": "v", "system": "Mind the time."}
     assert script.make_example(asked.args, "x", "train", entry).system == "Mind the time."
@@ -356,6 +357,11 @@ def test_what_plain_transformers_and_peft_would_read_by_half_they_refuse(video_f
         tmp_path, tmp_path / "out", "--check", "--model", tmp_path / "merged", script=train_qwen2vl_sentinel
     )
     assert f"model_type 'qwen2_vl {words}', not 'qwen2_vl'" in other
+
+
+def test_recordings_are_read_outside_autocast_in_training_validation_and_answering(video_folder, tmp_path):
+    run(video_folder, tmp_path / "run", *SMALL, "--max-steps", 1, "--dtype", "bf16")  # a spectrum is no matter for bf16
+    assert len((tmp_path / "run/predictions.jsonl").read_text().splitlines()) > 0
 
 
 def test_without_sound_everything_stays_plain(video_folder, tmp_path):

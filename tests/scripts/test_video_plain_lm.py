@@ -46,6 +46,7 @@ import train_video_plain_lm as script
 from common import IGNORE, answering_prompt, pack
 from demo.motions import motion_scene, random_motion
 from inputs import features, processors
+from inputs.building import build_trees
 from inputs.features import Video
 from runtime import adapters
 from train_video_plain_lm import TokenPacker
@@ -159,10 +160,10 @@ def encoded_as(task, change):
 def test_the_data_check_catches_what_must_not_be_supervised_and_names_the_example(data, change, words):
     """Also the original's mistake, supervised video tokens: benchmarks/masking.py measures what it costs."""
     examples = [example for example in data.examples if example.media][:2]
-    trees, faults = common.build_trees(examples, encoded_as(data.task, change))
+    trees, faults = build_trees(examples, encoded_as(data.task, change))
     assert trees == [] and list(faults) == [example.where for example in examples]
     assert all(words in fault for fault in faults.values())
-    trees, faults = common.build_trees(examples, encoded_as(data.task, lambda *right: right))
+    trees, faults = build_trees(examples, encoded_as(data.task, lambda *right: right))
     assert len(trees) == 2 and faults == {}
 
 
@@ -349,7 +350,7 @@ def test_a_packed_sequence_equals_its_texts_one_by_one_in_transformers_own_forwa
 def test_answers_are_those_of_transformers_generate(little):
     model, examples = load(little), [example for example in little.examples if example.split == "test"]
     model.vlm.generation_config.pad_token_id = little.task.tokenizer.pad_token_id
-    trees, _ = common.build_trees(examples, little.task)
+    trees, _ = build_trees(examples, little.task)
     asked = [answering_prompt(tree) for tree in trees]
     packed = batch(little, asked)
 
