@@ -300,7 +300,7 @@ FAULTS = {
     "runtime/program.py": [
         ("bf16 is computed on cards that only imitate it",
          "including_emulation=False", "including_emulation=True",
-         "tests/runtime/test_gpu.py::test_a_card_without_bf16_takes_float32_and_refuses_bf16"),
+         "tests/runtime/test_cuda.py::test_a_card_without_bf16_takes_float32_and_refuses_bf16"),
         ("what was just drawn is measured as the model's own",
          'if args.eval_only and args.resume == "none":', "if False:",
          "tests/scripts/test_predict.py::test_new_parts_answer_nothing[plain]"),
@@ -317,7 +317,7 @@ FAULTS = {
     "runtime/batches.py": [
         ("what a worker cannot hand over is waited for",
          "staticmethod(lambda error, item: os._exit(1))", "staticmethod(lambda error, item: None)",
-         "tests/runtime/test_gpu.py::test_a_full_dev_shm_is_said_at_once"),
+         "tests/runtime/test_cuda.py::test_a_full_dev_shm_is_said_at_once"),
         ("a rank's packed sequences get each other's media",
          'self.task.read_media(self.data, batch["prompts"])', 'self.task.read_media(self.data, mine[0]["prompts"])',
          "tests/common/test_packing.py::test_accumulation_1x8_equals_8x1_and_the_mean_of_means_does_not"),
@@ -444,7 +444,7 @@ FAULTS = {
     "runtime/attention.py": [
         ("FlexAttention lets a token be seen by one more",
          "q < k + seen[k]", "q <= k + seen[k]",
-         "tests/runtime/test_gpu.py::"
+         "tests/runtime/test_cuda.py::"
          "test_flexattention_in_compiled_layers_equals_the_complete_sequence_at_any_length"),
         ("a language model whose attention heeds no mask is trained",
          "if apart > 0.05:", "if False:",
