@@ -129,19 +129,21 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch):
     assert done == ["pinned", True]
 
 
-class Full(Dataset):
+class Large:
+    def __reduce__(self):  # as a tensor that is handed over
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
+class Items(Dataset):
     def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, index: int):
-        return self
-
-    def __reduce__(self):
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    def __getitem__(self, index: int) -> Large:
+        return Large()
 
 
 def test_a_full_dev_shm_is_said_at_once():
     settings = SimpleNamespace(args=SimpleNamespace(workers=1), stop=SimpleNamespace(received=None))
-    loaded = batches.load(Full(), settings)
+    loaded = batches.load(Items(), settings)
     assert "of room in /dev/shm (docker --shm-size): use fewer --workers" in str(next(loaded))
     loaded.close()
