@@ -2,7 +2,7 @@
 #                qwen2vl_sentinel, surg_video_vqa, umbrella_mri, or video_plain_lm)
 # make test      ruff, then the tests
 # make bench     the benchmarks of a CPU: some twenty minutes on two idle cores (docs/benchmarks.md)
-# make mutants   one-line faults, one at a time: each must be caught by a test (eight minutes; not part of make test)
+# make mutants   one-line faults, one at a time: each must be caught by a test (ten minutes; not part of make test)
 # All set up .venv with the pinned versions first; when nothing has changed, that takes no time.
 
 PYTHON ?= python3

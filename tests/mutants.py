@@ -1,6 +1,6 @@
 """Faults of one line each, over all rooms and scripts, and for each the test that must catch it.
 
-    make mutants                                   # all of them, in eight minutes on two cores
+    make mutants                                   # all of them, in ten minutes on two cores
     python tests/mutants.py lora --jobs 1          # those in whose words, file or test "lora" stands
 
 A fault is made in a temporary copy of the repository, never in the working tree. There its test must fail, which passes
