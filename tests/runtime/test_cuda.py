@@ -146,5 +146,6 @@ def test_a_full_dev_shm_is_said_at_once(monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE", 5)
     settings = SimpleNamespace(args=SimpleNamespace(workers=1), stop=SimpleNamespace(received=None))
     loaded = batches.load(Items(), settings)
-    assert "of room in /dev/shm (docker --shm-size): use fewer --workers" in str(next(loaded))
+    fault = str(next(loaded))
     loaded.close()
+    assert "of room in /dev/shm (docker --shm-size): use fewer --workers" in fault
