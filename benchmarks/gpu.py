@@ -48,6 +48,7 @@ import train_qwen2vl_sentinel
 import train_surg_video_vqa
 import train_umbrella_mri
 import train_video_plain_lm
+from benchmarks.training import AS_OURS
 from common import IGNORE, Prompt
 from runtime import EXIT_STOPPED, Run, checkpoints, models, program, shards
 from runtime.batches import to_device
@@ -424,14 +425,8 @@ def trainer(case: Case, vlm, asked: list, args, batch: int, clock: Clock) -> lis
             gradient_accumulation_steps=len(asked[0]) // batch,
             max_grad_norm=args.clip,
             bf16=True,
-            train_sampling_strategy="sequential",  # the same questions in the same step as ours
-            remove_unused_columns=False,
-            label_names=["labels"],
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=not case.bench.large,
+            **AS_OURS,
         )
         examples = [example for step in asked for example in step]
         rest = {"optimizers": optimizer_of(model, case, args, len(asked)), "callbacks": [StepDone()]}

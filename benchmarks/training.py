@@ -49,6 +49,9 @@ from runtime.signals import StopSignal
 WARM_UP = 1  # steps that are not timed
 # a thread that waits for another sleeps: on a busy machine, spinning takes the processor from the one waited for
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# of a Trainer: the same questions in the same step as ours, a loss for each step, nothing besides
+AS_OURS = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "label_names": ["labels"]}
+AS_OURS |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 AGREE = 1e-4  # largest relative difference of the losses
 CPU = torch.device("cpu")
 BOS, EOS = 1, 2
@@ -285,14 +288,8 @@ def trainer(name: str, shape: Shape, plan: list[list[Prompt]], args, out: Path, 
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=len(settings["train_dataset"]) // len(plan) // batch,
         max_grad_norm=args.clip,
-        train_sampling_strategy="sequential",  # the same questions in the same step as ours
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=True,
+        **AS_OURS,
         **choices,
     )
     turns.loaded(model)
