@@ -298,13 +298,30 @@ def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1, rank: int | None 
     supervised: every rank must make as many passes as the others. A tree longer than max_tokens is divided, its prefix
     repeated. Raises ValueError where one branch does not fit.
     """
-    pieces = [piece for tree in trees for piece in _divide(tree, max_tokens)]
+    pieces = [piece for tree in trees for piece in _divide(join_turns(tree), max_tokens)]
     pieces.sort(key=len, reverse=True)
     count = ranks * math.ceil(sum(map(len, pieces)) / (ranks * max_tokens))
     while (sequences := _spread(pieces, count, max_tokens)) is None:
         count += ranks
     empty = [replace(p, branches=[(ids, [IGNORE] * len(ids)) for ids, _ in p.branches]) for p in pieces[-1:]]
     return [_concatenate(sequence or empty) for sequence in (sequences if rank is None else sequences[rank::ranks])]
+
+
+def join_turns(tree: Prompt) -> Prompt:
+    """The tree with one branch for all turns of a conversation, if each repeats those before it; the loss is the same.
+
+    A turn that asks alone, and is supervised, ends where the next goes on: its answer is supervised there as well.
+    """
+    branches, ids = [], []
+    for (input_ids, labels), name in zip(tree.branches, tree.ids, strict=True):
+        earlier, answered = branches[-1] if branches else ([], [])
+        n, repeats = len(earlier), input_ids[: len(earlier)] == earlier
+        if repeats and supervised_tokens(answered) and not supervised_tokens(labels[:n]):
+            branches[-1] = input_ids, answered + labels[n:]
+        else:
+            branches.append((input_ids, labels))
+            ids.append(name)
+    return replace(tree, branches=branches, ids=ids)
 
 
 def _divide(tree: Prompt, max_tokens: int) -> list[Prompt]:

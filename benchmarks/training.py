@@ -8,9 +8,9 @@
 All train the same LLaVA of 108 million random weights on the same answers: LoRA on the language model, projector
 trained, vision tower frozen, float32. Ours is train_llava_med.py's own `train` with its defaults: an image is read once
 for all its questions. The others get an example for each question, its image repeated, in one batch or in batches of
-one (gradients accumulated); of a conversation one example with all its answers, where ours has one for each answer with
-the turns before it. TRL refuses to pack examples with images, so it packs text alone. Pixels are ready-made on all
-sides. Dropout is off and the adapters start equal, so that the losses of all steps must agree.
+one (gradients accumulated); of a conversation one example with all its answers, as ours reads it, too. TRL refuses to
+pack examples with images, so it packs text alone. Pixels are ready-made on all sides. Dropout is off and the adapters
+start equal, so that the losses of all steps must agree.
 
 Each contestant is a process of its own, and they take their steps in turn, never at the same time, so that whatever
 else the machine does slows down all of them. Ratios carry over to another machine, the absolute numbers do not.

@@ -114,6 +114,15 @@ FAULTS = {
          "int(prefix_positions.max()) + 1 if", "len(tree.prefix) if",
          "tests/common/test_packing.py::"
          "test_mrope_branches_continue_from_the_largest_prefix_position_in_all_three_rows"),
+        ("a question that is asked twice counts once",
+         "if repeats and supervised_tokens(answered) and not supervised_tokens(labels[:n]):",
+         "if repeats and supervised_tokens(answered):",
+         "tests/common/test_packing.py::"
+         "test_the_turns_of_a_conversation_are_read_once_and_equal_separate_sequences"),
+        ("an earlier turn of a conversation is not supervised",
+         "branches[-1] = input_ids, answered + labels[n:]", "branches[-1] = input_ids, labels",
+         "tests/common/test_packing.py::"
+         "test_the_turns_of_a_conversation_are_read_once_and_equal_separate_sequences"),
         ("a prefix is seen by other documents",
          "(same_document & not_after & own_or_prefix)", "(not_after & own_or_prefix)",
          "tests/common/test_packing.py::test_visible_is_the_written_rule"),

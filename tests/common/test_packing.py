@@ -363,6 +363,22 @@ def test_a_divided_tree_equals_the_tree(data, model):
     assert difference(packed(model, data, [prompt], 120), packed(model, data, [prompt])) < 1e-5
 
 
+def test_the_turns_of_a_conversation_are_read_once_and_equal_separate_sequences(data, model):
+    prompt = data.trees[0].part(range(5))
+    turns, asked, said = [], [], []
+    for input_ids, labels in prompt.branches[:3]:  # a turn is asked with those before it, which it does not learn
+        turns.append((asked + input_ids, said + labels))
+        asked, said = asked + input_ids, said + [IGNORE] * len(labels)
+    # a question that is asked twice counts twice, and two others stand beside the conversation
+    prompt.branches = [*turns, turns[-1], *prompt.branches[3:]]
+    prompt.ids.append("again")
+    (batch,) = pack([prompt], 4096)
+    assert batch["branch"].max() == 4 and batch["input_ids"].shape[1] < len(prompt) - len(turns[1][0])
+    assert difference(packed(model, data, [prompt]), separate(model, data, [prompt])) < 1e-5
+    (answering,) = pack([common.answering_prompt(prompt)], 4096)
+    assert len(answering["ends"]) == 6  # each is answered by itself
+
+
 def own_document_only(document, branch):
     """Forgets the branches: a question sees the questions and answers before it."""
     return visible(document, torch.zeros_like(branch))
