@@ -39,7 +39,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_llava_med
-from common import IGNORE, Prompt
+from common import IGNORE, Prompt, join_turns
 from runtime import Run, ranks
 from runtime.attention import in_pieces
 from runtime.files import write_json
@@ -448,7 +448,8 @@ def compare(shapes: dict[str, Shape], timed: int) -> dict[str, list[dict]]:
         found[title] = measure(shape, timed)
         (plan,) = make_plan(shape, 1)
         alone = sum(len(example["input_ids"]) for tree in plan for example in make_examples(tree, shape))
-        text = f"**{title}**: {shape.images} a step, {sum(map(len, plan)):,} tokens, of examples {alone:,}"
+        read = sum(len(join_turns(tree)) for tree in plan)
+        text = f"**{title}**: {shape.images} a step, {read:,} tokens, of examples {alone:,}"
         print(f"| {text} |" + " |" * 8)
         print("\n".join(map(row, found[title])), flush=True)
     return found
