@@ -103,10 +103,10 @@ SHAPES = {
 }
 FEW = [OURS, ACCUMULATED]
 GROWTH = {
-    "questions an image": {n: Shape(FEW, layers=4, questions=n) for n in (1, 2, 4, 8)},
-    "tokens of text before the image": {n: Shape(FEW, layers=4, text=n) for n in (4, 1024, 3072)},
-    "vocabulary": {n: Shape(FEW, layers=4, vocabulary=n) for n in (8064, 32064, 128064)},
-    "ranks of one thread": {n: Shape([OURS], 4, 4, layers=4, threads=1, ranks=n) for n in (1, 2)},
+    "questions per image": {n: Shape(FEW, layers=2, questions=n) for n in (1, 2, 4, 8)},
+    "tokens of text before the image": {n: Shape(FEW, layers=2, text=n) for n in (4, 1024, 3072)},
+    "vocabulary": {n: Shape(FEW, layers=2, vocabulary=n) for n in (8064, 32064, 128064)},
+    "ranks of one thread": {n: Shape([OURS], 4, 4, layers=2, threads=1, ranks=n) for n in (1, 2)},
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
         column[1].set_xticks(list(values))
         for axis in column:
             axis.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("seconds a step")
+    axes[0, 0].set_ylabel("seconds per step")
     axes[1, 0].set_ylabel("peak MB")
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
