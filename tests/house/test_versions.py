@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
@@ -48,3 +49,10 @@ def test_every_package_that_is_installed_is_pinned_in_the_version_that_is_tested
     if any(installed[name] != version for name, version in direct.items()):
         pytest.skip("other versions than those of requirements.txt are installed")
     assert installed == {name: (direct | indirect)[name] for name in installed}
+
+
+def test_the_citation_and_the_hooks_before_a_commit_are_those_of_the_project():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lines = re.findall(r"^\t(\.venv/bin/ruff .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [hook["entry"] for hook in hooks] == lines and len(lines) == 2
