@@ -166,8 +166,8 @@ def directions(path: Path) -> float:
 
 def table(found: dict, shown: list[int]) -> str:
     """The curves as a table: a line for each of the shown steps."""
-    head = ["step", "masked: loss", "gradient", "not masked: loss", "gradient", "of it text", "its captions' loss"]
-    head += ["gradient of its captions", "of its video tokens"]
+    head = ["step", "masked: loss", "gradient", "not masked: loss", "gradient", "text's share", "captions' loss"]
+    head += ["gradient, captions", "gradient, video tokens"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     probes = {p["step"]: p for p in found["not masked"]["probes"]}
     masked, wrong = ({s["step"]: s for s in found[arm]["steps"]} for arm in ("masked", "not masked"))

@@ -27,7 +27,7 @@ def copy(tmp_path_factory):
     shutil.copy(HOUSE / "train_llava_med.py", folder)
     shutil.copytree(HOUSE / "docs", folder / "docs")
     done = subprocess.run(["bash", "-ec", BLOCKS[0]], cwd=folder, capture_output=True, text=True, check=False)
-    text = "docs/new_model.md no longer applies to train_llava_med.py: write its diff again"
+    text = "docs/new_model.md no longer applies to train_llava_med.py: python docs/quote.py writes its diff again"
     assert done.returncode == 0, f"{text}\n{done.stderr}"
     write_smolvlm(folder / "MODEL")
     return folder
