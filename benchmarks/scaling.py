@@ -70,7 +70,8 @@ def made_up(questions: int, pictures: int) -> list[Prompt]:
     for i in range(pictures):
         count = (i + 1) * questions // pictures - i * questions // pictures
         lengths = [draw.randint(25, 45) for _ in range(count)]
-        branches = [([5] * (n + 5), [IGNORE] * n + [5] * 5) for n in lengths]
+        # questions differ, or they would be turns of a conversation (common.join_turns)
+        branches = [([6 + k] + [5] * (n + 4), [IGNORE] * n + [5] * 5) for k, n in enumerate(lengths)]
         trees.append(Prompt([5] * 606, branches, [f"{i}.{k}" for k in range(count)]))
     return trees
 
