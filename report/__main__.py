@@ -68,7 +68,8 @@ def read_answers(args: argparse.Namespace) -> dict:
     audit = audit_scorer(lambda text, example: scoring.score(text, example)["exact"], test + train)
     found = leakage.check(args.media_root or args.test.parent, train + test)
     leakage.print_result(found)
-    return {**run, "data": args.test.parent, "split": "test", "audit": audit, "leakage": found}
+    of = {"data": str(args.test), "split": "test", "media_root": args.test.parent}
+    return {**run, **of, "audit": audit, "leakage": found}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.data:
         check_data(args)
     runs = [read_answers(args)] if args.predictions else [read_run(folder) for folder in dict.fromkeys(args.runs)]
-    runs = [run | ({"data": args.media_root} if args.media_root else {}) for run in runs]
+    runs = [run | ({"media_root": args.media_root} if args.media_root else {}) for run in runs]
     result = write.write(runs, args.out)
     write.print_result(result)
     audit = result["audit"]

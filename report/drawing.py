@@ -37,15 +37,13 @@ def new_figure(width: float, height: float):
 def draw_accuracy(runs: list[dict]):
     """A group of bars for each question type, one bar a run: exact, its interval, and the best baseline as a tick."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run["types"]))
-    groups = [(short_label(kind), [run["types"].get(kind) for run in runs]) for kind in kinds]
-    groups.append(("all questions", [run["micro"] for run in runs]))
+    groups = [(short_label(k), [(i, r["types"][k]) for i, r in enumerate(runs) if k in r["types"]]) for k in kinds]
+    groups.append(("all questions", [(i, run["micro"]) for i, run in enumerate(runs)]))
     height = 0.8 / len(runs) if len(runs) > 1 else 0.6
     figure = new_figure(8.6, 1 + len(groups) * (0.16 + 0.2 * len(runs)))
     axes, keys = figure.subplots(), {}
     for place, (_, entries) in enumerate(groups):
-        for i, entry in enumerate(entries):
-            if entry is None:
-                continue  # this run has no such question
+        for i, entry in entries:
             y = place + (i - (len(runs) - 1) / 2) * height
             bar = {"color": COLOURS[i % len(COLOURS)], "label": short_label(runs[i]["name"])}
             keys[i] = axes.barh(y, entry["exact"], height * 0.86, **bar)
@@ -92,13 +90,14 @@ def draw_calibration(runs: list[dict]):
 
 
 def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
-    """Loss with its validation, learning rate and gradient norm over the steps, as far as they were written."""
-    names = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+    """Loss with its validation, gradient norm and learning rate over the steps, up to the planned end."""
+    names = {"loss": "loss (log scale)", "grad_norm": "gradient norm\n(log scale)", "lr": "learning\nrate"}
     names = {k: v for k, v in names.items() if any(k in line for lines in curves.values() for line in lines)}
     if not names:
         return None
-    figure = new_figure(8.6, 0.5 + 1.75 * len(names))
-    panels = figure.subplots(len(names), squeeze=False, sharex=True)[:, 0]
+    heights = [{"loss": 2.8, "grad_norm": 1.4, "lr": 0.7}[field] for field in names]  # inches
+    figure = new_figure(8.6, 0.7 + sum(heights))
+    panels = figure.subplots(len(names), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (field, name) in zip(panels, names.items(), strict=True):
         if field != "lr":
             axes.set_yscale("log", subs=[2, 5])
@@ -106,15 +105,29 @@ def draw_curves(runs: list[dict], curves: dict[str, list[dict]]):
         axes.yaxis.set_minor_formatter("{x:g}")
         for i, run in enumerate(runs):
             lines, colour = curves.get(run["name"], []), COLOURS[i % len(COLOURS)]
-            axes.plot(*series(lines, field), label=short_label(run["name"]), color=colour, linewidth=1, alpha=0.85)
+            steps, values = series(lines, field)
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+            smooth = values if field == "lr" else smoothed(values)
+            axes.plot(steps, smooth, color=colour, linewidth=1.3, label=short_label(run["name"]))
             if field == "loss":
-                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour, "markersize": 4.5}
-                axes.plot(*series(lines, "val_loss"), "o-", label=None if i else "validation", **style)
+                steps, values = series(lines, "val_loss")
+                style = {"color": "black", "linewidth": 0.8, "markerfacecolor": colour}
+                axes.plot(steps, values, "o-", label=None if i else "validation (star: best)", markersize=4.5, **style)
+                at = int(np.nanargmin([*values, math.inf]))  # behind the last where there is none
+                axes.plot(steps[at:][:1], values[at:][:1], "*", markersize=11, **style)
+            if isinstance(run.get("steps"), int):
+                axes.axvline(run["steps"], color="#888888", linestyle=":", label=None if i else "planned end")
         axes.set_ylabel(name)
         axes.grid(True, which="both")
     panels[-1].set_xlabel("step")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
+
+
+def smoothed(values: list) -> np.ndarray:
+    """The mean of each value and its neighbours, a fiftieth of all together."""
+    window, ones = np.ones(max(1, len(values) // 50)), np.ones(len(values))
+    return np.convolve(values, window, "same") / np.convolve(ones, window, "same") if values else ones
 
 
 def series(lines: list[dict], field: str) -> tuple[list, list]:
@@ -141,9 +154,6 @@ def figure_svg(figure) -> str:
 def write_figures(folder: Path, figures: dict) -> None:
     """NAME.svg and NAME.png of each figure."""
     for name, figure in figures.items():
-        import matplotlib.style
-
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.svg").write_text(figure_svg(figure), "utf-8")
-        with matplotlib.style.context(STYLE):
-            figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)
+        figure.savefig(folder / f"{name}.png", facecolor="white", dpi=200)

@@ -63,7 +63,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyE
             also_right=[str(form) for form in answers[1:]],
             question_type=named(entry, "question_type", kind),
             candidates=None,
-            history=list(entry.get("history") or (entry.get("turns") or [])[:-1]),
+            history=entry["turns"][:-1] if "turns" in entry else entry.get("history") or (),
         )
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"not as examples are written ({error}); fix it") from None
@@ -127,9 +127,11 @@ def read_predictions(path: Path, test: list[Example], train: list[Example]) -> d
 
 def read_lines(path: Path, known: dict[str, str]) -> dict[str, str | None]:
     """{example's ID: its answer} of a file, or its end; `known` are {what a line may call an example: its ID}."""
-    lines, problems = read_jsonl(path)
-    answered = {}
-    for where, line in lines:
+    answered, problems = {}, []
+    for where, line in read_jsonl(path):
+        if isinstance(line, Problem):
+            problems.append(line)
+            continue
         missing = [names for names in FIELDS if not line.keys() & set(names)]
         if missing:
             problems.append(Problem(where, None, f"no field {' or '.join(missing[0])}; rename the one that is meant"))

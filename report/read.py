@@ -7,7 +7,7 @@ from inputs.texts import read_json, read_jsonl
 
 RECORD = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "relaxed"}
 ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # how a run was answered
-OF_WHAT = ("model", "checkpoint", "step", "steps", "lowest_val_loss", "left_out")
+OF_WHAT = ("model", "data", "date", "trained", "checkpoint", "step", "steps", "lowest_val_loss", "left_out")
 OF_WHAT += ("script", "script_sha256", "git_commit")
 
 
@@ -21,7 +21,7 @@ def read_run(folder: Path) -> dict:
         "name": str(folder),
         "folder": folder,
         "records": read_records(path),
-        "metrics": [line for _, line in read_jsonl(metrics)[0]] if metrics.is_file() else [],
+        "metrics": [line for _, line in read_jsonl(metrics) if isinstance(line, dict)] if metrics.is_file() else [],
         "example": check.get("example"),
         "audit": check.get("scorer"),
         "leakage": check.get("leakage"),
@@ -42,7 +42,9 @@ def read_or_empty(path: Path) -> dict:
 
 def read_records(path: Path) -> list[dict]:
     """The lines of a predictions.jsonl as a script writes it. Ends with what is wrong where a line is none."""
-    lines, problems = read_jsonl(path)
+    lines = list(read_jsonl(path))
+    refuse([line for _, line in lines if isinstance(line, Problem)])
+    problems = []
     for where, record in lines:
         missing = sorted(RECORD - record.keys()) or [name for name in ("id", "question_type") if record[name] is None]
         if missing:

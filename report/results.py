@@ -1,5 +1,7 @@
 """From records to results: baselines beside every record, the table, predictions.jsonl, results.json and the page."""
 
+import math
+from datetime import datetime
 from pathlib import Path
 
 from report.baselines import blind_answers, number_medians
@@ -7,7 +9,7 @@ from report.summary import results_table, summarise
 from report.write import write_report
 from runtime import card
 from runtime.files import write_json, write_jsonl
-from runtime.folders import read_json
+from runtime.folders import header, read_json
 from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
 from runtime.record import code
@@ -22,6 +24,7 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     args, results = run.args, summarise(records)
     given = ("model", "data", "media_root", "decode", "max_answer_tokens", "limit")
     results |= {"split": args.eval_split, **{name: getattr(args, name) for name in given}, **code()}
+    results |= {"date": datetime.now().isoformat(" ", "minutes")}
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
     predictions = run.folder / "predictions.jsonl"
     on_first_rank(lambda: refuse_lost(run.folder))
@@ -30,6 +33,8 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     results |= {"checkpoint": None, "step": 0, "steps": None}  # of the model as it is
     if run.checkpoint:  # only now: what fails costs no answers
         state = on_first_rank(lambda: read_json(run.checkpoint / "state.json"))
+        held = on_first_rank(lambda: [header(path) for path in run.checkpoint.glob("*model.safetensors")])
+        results |= {"trained": sum(math.prod(shape) for tensors in held for _, shape in tensors.values())}
         results |= {"checkpoint": str(run.checkpoint), "step": state["step"], "steps": state["same"].get("steps")}
         results |= {"lowest_val_loss": run.best == state["step"]} if run.best else {}  # where it is known
     results |= own() if own else {}

@@ -131,6 +131,24 @@ def label_figures(records: list[dict]) -> dict:
     those that never are the answer: such an empty class counts as zero, as does a label that is never predicted. A
     prediction that is no label takes nobody's precision and misses its own label's recall.
     """
+    labels, found = labelled(records)
+    pairs, (n_true, n_predicted) = Counter(found), map(Counter, zip(*found, strict=True))
+    by_label = {}
+    for name in labels:
+        right = pairs[name, name]
+        precision, recall = right / max(1, n_predicted[name]), right / max(1, n_true[name])
+        f1 = 2 * right / max(1, n_predicted[name] + n_true[name])  # 2 P R / (P + R)
+        by_label[name] = {"n": n_true[name], "precision": precision, "recall": recall, "f1": f1}
+    figures = {c: float(np.mean([entry[c] for entry in by_label.values()])) for c in ("precision", "recall", "f1")}
+    figures |= {"labels": labels[:MOST_LABELS], "single_class": len(n_true) == 1}
+    figures |= {"per_label": {name: by_label[name] for name in labels[:MOST_LABELS]}}
+    if len(labels) <= MOST_CONFUSED:
+        figures["confusion"] = [[pairs[name, other] for other in [*labels, OTHER]] for name in labels]
+    return figures
+
+
+def labelled(records: list[dict]) -> tuple[list[str], list[tuple]]:
+    """The labels of a type, and of each record the true one and the predicted one, or OTHER; see `label_figures`."""
     named, true = {}, []  # form -> label; the label of each record
     for record in records:
         own = [answer_label(form) for form in [record["answer"], *record.get("also_right", [])]]
@@ -145,19 +163,7 @@ def label_figures(records: list[dict]) -> dict:
     for record, own in zip(records, true, strict=True):
         other = named.get(answer_label(record["prediction"]), OTHER)
         predicted.append(own if record["correct"] else OTHER if other == own else other)
-    pairs, n_true, n_predicted = Counter(zip(true, predicted, strict=True)), Counter(true), Counter(predicted)
-    by_label = {}
-    for name in labels:
-        right = pairs[name, name]
-        precision, recall = right / max(1, n_predicted[name]), right / max(1, n_true[name])
-        f1 = 2 * right / max(1, n_predicted[name] + n_true[name])  # 2 P R / (P + R)
-        by_label[name] = {"n": n_true[name], "precision": precision, "recall": recall, "f1": f1}
-    figures = {c: float(np.mean([entry[c] for entry in by_label.values()])) for c in ("precision", "recall", "f1")}
-    figures |= {"labels": labels[:MOST_LABELS], "single_class": len(set(true)) == 1}
-    figures |= {"per_label": {name: by_label[name] for name in labels[:MOST_LABELS]}}
-    if len(labels) <= MOST_CONFUSED:
-        figures["confusion"] = [[pairs[name, other] for other in [*labels, OTHER]] for name in labels]
-    return figures
+    return labels, list(zip(true, predicted, strict=True))
 
 
 def ranked_figures(records: list[dict]) -> dict:

@@ -17,7 +17,7 @@ from inputs.files import inside
 KINDS = dict.fromkeys((".jpg", ".jpeg", ".png"), "frame")  # several of them in a row are a clip
 KINDS |= dict.fromkeys((".gif", ".webp", ".apng"), "pictures") | {".wav": "sound"}
 KINDS |= dict.fromkeys((".nii", ".gz", ".img", ".npy", ".npz"), "volume")
-HEIGHT, STRIP_HEIGHT, WIDEST, GAP = 112, 84, 448, 2  # pixels
+HEIGHT, FRAME_HEIGHT, SLICE_HEIGHT, WIDEST, GAP = 336, 168, 112, 448, 2  # pixels
 MOST_FRAMES, MOST_DECODED = 4, 1000  # frames of a clip that are shown; of an animation that are looked at
 MOST_PIXELS, MOST_VOXELS = 50_000_000, 2**27
 MOST_SOUND = 400_000  # bytes, 12 seconds of 16 kHz
@@ -102,7 +102,7 @@ def thumbnail(folder: Path, kind: str, names: tuple[str, ...]) -> dict:
         frames = [ImageOps.contain(frame, (WIDEST, HEIGHT)) for frame in islice(next(read), MOST_DECODED)]
         frames = [frames[i] for i in videos.evenly(len(frames), MOST_FRAMES)]
     several = len(frames) > 1
-    picture = side_by_side(frames, STRIP_HEIGHT if several else HEIGHT)
+    picture = side_by_side(frames, FRAME_HEIGHT if several else HEIGHT)
     return {"kind": "strip" if several else "image", "src": jpeg(picture), "name": ", ".join(names)}
 
 
@@ -147,9 +147,9 @@ def slices(voxels: np.ndarray, spacing: tuple) -> Image.Image:
     for plane, left, up in planes:
         grey = (255 * np.clip((plane - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
         picture = Image.fromarray(np.ascontiguousarray(grey.T[::-1, ::-1]))
-        width = round(HEIGHT * picture.width * spacing[left] / (picture.height * spacing[up]))
-        pictures.append(picture.resize((max(1, width), HEIGHT)))
-    return side_by_side(pictures, HEIGHT)
+        width = round(SLICE_HEIGHT * picture.width * spacing[left] / (picture.height * spacing[up]))
+        pictures.append(picture.resize((max(1, width), SLICE_HEIGHT)))
+    return side_by_side(pictures, SLICE_HEIGHT)
 
 
 def jpeg(image: Image.Image) -> str:

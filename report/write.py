@@ -45,7 +45,7 @@ def write(runs: list[dict], out: Path) -> dict:
 def write_report(folder: Path, media: Path) -> None:
     """RUN/report, for a script that has answered. A failure here is printed and fails no run: its results are saved."""
     try:
-        write([read_run(folder) | {"data": media}], folder / "report")
+        write([read_run(folder) | {"media_root": media}], folder / "report")
         print(f"the report is {folder / 'report' / 'report.html'}")
     except (Exception, SystemExit):
         traceback.print_exc()
@@ -56,9 +56,9 @@ def print_result(result: dict) -> None:
     """The tables of all runs, and what differs between them."""
     for run in result["runs"]:
         print(f"\n{run['name']}: {run['n']} questions", results_table(run), *run["notes"], sep="\n")
-        interval = run["micro"]["gain_interval"]
+        gain, interval = run["micro"]["gain"], run["micro"]["gain_interval"]
         if interval and interval[0] <= 0:
-            print("NO gain over its best blind baseline is shown: the interval of the gain is not above zero")
+            print(f"NOT {'significantly ' if gain > 0 else ''}above its best blind baseline")
         for mode, entry in run["blind"].items():
             added = f"{entry['difference']:+.1%} ({ends(entry['difference_interval'], '+')})"
             what, how = (mode, "training") if mode == BEFORE else (f"{mode} media", "seeing")

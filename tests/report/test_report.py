@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import read_lines, run
 import train_llava_med
 from report import compare, examples, scoring, summary, write
 from report.__main__ import main
+from report.page import table_cells
 from runtime.files import write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,8 @@ def test_precision_recall_f1_and_the_confusion_table_are_scikit_learn_s(seed, cl
     table = metrics.confusion_matrix(true, counted, labels=[*labels, "other"])
     assert found["confusion"] == table[:-1].tolist()
     assert np.trace(np.array(found["confusion"])[:, :-1]) == sum(r["correct"] for r in records)
+    cells = table_cells([{**r, "question_type": "other"} for r in records[:9]] + records)[9:]
+    assert np.bincount(cells, minlength=table.size - len(table[0])).tolist() == table[:-1].ravel().tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -268,7 +272,8 @@ def test_training_ends_with_the_table_its_baselines_and_a_page(trained):
     assert results["micro"]["baselines"]["type"] == share > 0
     page = (out / "report/report.html").read_text()
     assert "data:image/jpeg" in page and "&lt;image&gt;" in page  # its thumbnails, its first row's tokens
-    assert "step-00000001: step 1 of 1;" in page and "exact match on test" in page
+    assert re.search(r"trained parameters</dt><dd>[\d,]+ <.*step-00000001 <", page, re.DOTALL)
+    assert "<dd>1 of 1 " in page and "exact match on test" in page
 
 
 def test_the_command_line_writes_what_the_script_wrote(trained, capsys):
@@ -384,7 +389,7 @@ def test_a_run_below_its_baseline_is_named(tmp_path, capsys):
     records = [{**record, "group": str(i)} for i, record in enumerate(records)]
     write_jsonl(tmp_path / "predictions.jsonl", records)
     main([str(tmp_path)])
-    assert "NO gain over its best blind baseline" in capsys.readouterr().out
+    assert "NOT above its best blind baseline" in capsys.readouterr().out
 
 
 def test_the_leakage_check_alone_writes_what_it_found_and_ends_with_1_where_there_is_something(demo_folder, tmp_path):
