@@ -4,9 +4,7 @@ It stands above the rooms: it asks the task (inputs/task.py), building.build_tre
 the leakage check and the scorer's audit of report/, and writes check.json. No weights are read before it has passed.
 """
 
-import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
@@ -16,7 +14,7 @@ from inputs.files import SPLITS, file_sha256
 from inputs.task import Example, Problem, Task
 from report import audit, leakage, scoring
 from runtime import ranks
-from runtime.files import fingerprint, progress, write_json
+from runtime.files import fingerprint, in_threads, write_json
 
 
 def check(examples: list[Example], problems: list[Problem], task: Task, run) -> tuple[dict, dict]:
@@ -83,10 +81,8 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
             raise SystemExit("Task.measure must return what tokens are counted from and a content; see inputs/task.py")
         return None, *found, digest
 
-    mine = names[ranks.rank() :: ranks.ranks()]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding runs outside Python's lock
-        looked = progress(pool.map(look, mine), desc="media", total=len(mine), unit="file")
-        seen = {k: v for part in ranks.gather(dict(zip(mine, looked, strict=True))) for k, v in part.items()}
+    mine = in_threads(look, names[ranks.rank() :: ranks.ranks()], desc="media", unit="file")
+    seen = {name: found for part in ranks.gather(mine) for name, found in part.items()}
     problems, first = [], {}
     for example in examples:
         broken = [seen[name][0] for name in example.media if seen[name][0]]

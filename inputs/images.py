@@ -25,6 +25,7 @@ MAX_PIXELS, MAX_SIDE = 50_000_000, 12_000
 MAX_RATIO = 200  # of its sides: Qwen2-VL's own limit, and a centre crop would show 1/200 of a longer strip
 # <image 1>, <img>, <ImageHere>: as other programs mark an image
 OTHER_MARK = re.compile(rf"(?!{MARK})<(?i:image|img)[ _]?\w*>")
+LEAD = re.compile(rf"(?:\s*{MARK})*\s*")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # colour modes that become RGB without a choice of ours
 
 
@@ -45,9 +46,8 @@ def named(data: Path, entry: dict, needed: bool = True) -> list[str]:
     if not given and needed:
         raise ValueError(f'no image; give one of {", ".join(FIELDS)}, or "images": [] where nothing is shown')
     first = next(iter(given.values()), None)
-    for field, name in given.items():  # an ID may be a number of its own
-        differs = Path(name).name != Path(first).name and not field.endswith("_id")
-        if name != first and (differs or (data / name).is_file()):
+    for field, name in [pair for pair in given.items() if pair[1] != first]:  # an ID may be a number of its own
+        if (Path(name).name != Path(first).name and not field.endswith("_id")) or (data / name).is_file():
             raise ValueError(f"two images, {first} and {name}, of which one would not be shown; keep one")
     return [first] if given else []
 
@@ -71,14 +71,14 @@ def placed(data: Path, entry: dict) -> dict:
     first, rest = lead(asked[0])
     if first == MARK * shown:  # where they are without a mark, too
         asked[0] = rest
-    history = [(text, answer) for text, (_, answer) in zip(asked, before, strict=False)]
+    history = [(text, answer) for text, (_, answer) in zip(asked, before, strict=False)] or ()
     group, names = entry.get("group") or next(iter(names), place), names[:shown] if total else names
     return {**entry, "images": names, "question": asked[-1], "history": history, "group": group}
 
 
 def lead(question: str) -> tuple[str, str]:
     """(the marks that a question begins with, the question behind them)"""
-    found = re.match(rf"(?:\s*{MARK})*\s*", question)[0]
+    found = LEAD.match(question)[0]
     return MARK * found.count(MARK), question[len(found) :]
 
 

@@ -28,8 +28,8 @@ def files(data: Path, media: Path, known: set[str] | None):
     Names of media start from `media`. Of fields that are not `known` see fields.read.
     """
     for split, path in data_files(data).items():
-        found = list(file_entries(path, split, media, known))
-        some = any(split for _, split, _ in found)
+        found = (iter if split else list)(file_entries(path, split, media, known))
+        some = not split and any(named for _, named, _ in found)
         for where, split, entry in found:
             fault = some and split is None and not isinstance(entry, Problem)
             text = "no split, though others of the file name theirs; name it in each, or in none"
@@ -38,8 +38,7 @@ def files(data: Path, media: Path, known: set[str] | None):
 
 def file_entries(path: Path, split: str | None, media: Path, known: set[str] | None):
     """The entries of one file: JSON lines, a JSON list, or CSV with a header, each as read_entry makes it."""
-    found, problems = {".json": read_list, ".csv": read_csv}.get(path.suffix, read_jsonl)(path)
-    found = [*((problem.where, problem) for problem in problems), *found]
+    found = {".json": read_list, ".csv": read_csv}.get(path.suffix, read_jsonl)(path)
     return each(((where, split, entry) for where, entry in found), partial(read_entry, media, known))
 
 

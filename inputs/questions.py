@@ -33,6 +33,7 @@ TYPES = {"open_ended", "mcq", "number", *(name for name, _ in TYPE_PATTERNS)}
 # ---- From a question's words ----
 
 
+@functools.lru_cache(2**12)  # the same questions are asked about many images
 def question_type(question: str) -> str:
     """yes_no, color, size_numeric, count_numeric, mcq or open_ended, inferred from the text of `question` alone.
 
@@ -48,6 +49,7 @@ def question_type(question: str) -> str:
     return next((kind for kind, text in TYPE_PATTERNS if re.search(text, sentence, re.I)), "open_ended")
 
 
+@functools.lru_cache(2**12)
 def answer_candidates(question: str, type: str) -> list[str] | None:
     """All allowed answers to a `question` of this `type`: ["yes", "no"], an mcq's options in order, or None.
 
@@ -151,7 +153,8 @@ def composed(entry: dict) -> dict:
 
     Qwen2's tokenizer composes them itself: what is supervised must equal what is asked for.
     """
-    return json.loads(unicodedata.normalize("NFC", json.dumps(entry, ensure_ascii=False)))
+    text = json.dumps(entry, ensure_ascii=False)
+    return entry if text.isascii() else json.loads(unicodedata.normalize("NFC", text))
 
 
 def allow_training_answers(examples: list[Example]) -> None:

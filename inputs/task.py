@@ -1,9 +1,10 @@
 """What an example of data is, and `Task`: what a script decides and shared code asks of it."""
 
+import functools
 import json
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ SPLITS = ("train", "val", "test")
 # --augment changes by at most: degrees, shares of size, contrast and brightness, either way. Colours keep their names;
 # counts and quadrants hold, but within 7 % of an edge or of a middle line; what is told in mm does not (docs/data.md)
 TURN, SCALE, LIGHT = 5, 0.05, 0.10
+ONCE = functools.lru_cache(2**12)(str)  # of equal texts, such as questions and groups, one is in memory
 MARK = "<image>"  # says where in a question an image is shown (see images.placed)
 
 
@@ -34,7 +36,7 @@ class Problem:
         return text.encode("utf-8", "backslashreplace").decode()  # the name of a file may be none of UTF-8
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Example:
     """A question with its answer, about media; a script may add fields in a subclass."""
 
@@ -48,12 +50,12 @@ class Example:
     question_type: str
     candidates: list[str] | None  # all allowed answers, where they are known
     system: str = ""  # a system text of its own
-    history: list = field(default_factory=list)  # earlier turns, (question, answer)
-    also_right: list[str] = field(default_factory=list)  # the same answer in other forms
+    history: Sequence = ()  # earlier turns, (question, answer)
+    also_right: Sequence[str] = ()  # the same answer in other forms
     inferred: bool = False  # the candidates are not the data's own
-    groups: list[str] = field(default_factory=list)  # all that it belongs to, where these are several
+    groups: Sequence[str] = ()  # all that it belongs to, where these are several
     grouped: str | None = "group"  # the field that names the group; None where the medium stands in for it
-    unread: list[str] = field(default_factory=list)  # fields of its entry that are not read
+    unread: Sequence[str] = ()  # fields of its entry that are not read
     notice: str | None = None  # what the check says of it, though it may be no fault
 
     def __post_init__(self):
@@ -73,7 +75,7 @@ def named(entry: dict, key: str, otherwise):
 def as_text(value, what: str) -> str:
     """A value of the data as a text, a number as it is written. Raises ValueError that says what to write instead."""
     if isinstance(value, str) or type(value) in (int, float):
-        return str(value)
+        return ONCE(str(value))
     parts = value if isinstance(value, list) else [value]
     parts = ["yes" if part is True else "no" if part is False else part for part in parts]
     clear = len(parts) == 1 or (parts and "answer" in what)  # a set of answers
@@ -99,7 +101,7 @@ def collect(entries: Iterable[tuple], make: Callable) -> tuple[list, list[Proble
             continue
         try:
             example = make(where, split, entry)
-            example.grouped, example.unread = entry.get("grouped", "group"), entry.get("unread", [])
+            example.grouped, example.unread = entry.get("grouped", "group"), entry.get("unread") or ()
             example.groups += [entry["second_group"]] if "second_group" in entry else []
             examples.append(example)
         except ValueError as error:
@@ -129,8 +131,7 @@ def choose(examples: list, problems: list[Problem], args) -> tuple[list, list[Pr
             raise SystemExit(f"--only-ids {args.only_ids}: {text}; give IDs of this data")
         chosen = [example for example in chosen if example.split != "train" or example.id in ids]
     if args.limit:
-        splits = [[example for example in chosen if example.split == split] for split in SPLITS]
-        chosen = [example for part in splits for example in part[: args.limit]]
+        chosen = [e for split in SPLITS for e in [e for e in chosen if e.split == split][: args.limit]]
     left_out = {example.where for example in examples} - {example.where for example in chosen}
     problems, first = [problem for problem in problems if problem.where not in left_out], {}
     for example in chosen:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.task import Problem
@@ -35,14 +36,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-def loads(text: str):
-    """What a text says as JSON. Raises ValueError, also where it says a thing twice."""
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def once(fields: list[tuple]) -> dict:
     """The object of these fields. Raises ValueError where one is there twice, with different values."""
     found = dict(fields)
@@ -50,6 +43,17 @@ def once(fields: list[tuple]) -> dict:
         if found[name] != value:
             raise ValueError(f"the field {name!r} twice, with different values")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
+
+
+def loads(text: str):
+    """What a text says as JSON. Raises ValueError, also where it says a thing twice."""
+    try:
+        return DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: Path):
@@ -61,35 +65,36 @@ def read_json(path: Path):
         raise ValueError(f"not JSON ({error}); fix the file, or copy it again") from None
 
 
-def read_jsonl(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
-    """The objects of a JSON-lines file, each with its "file:line", and the lines that are none."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    """("file:line", its object) of a JSON-lines file, a line at a time; a Problem for each line that holds none."""
+    where = None
     try:
-        lines = read_text(path).split("\n")  # splitlines would also cut at U+2028 inside a text
+        read_text(path)
     except ValueError as error:
-        return [], [Problem(path.name, None, str(error), fatal=True)]
-    entries, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = loads(line.lstrip("\ufeff"))  # which stands between files that were joined
-            if not isinstance(entry, dict):
-                raise ValueError("not an object")
-            entries.append((where, entry))
-        except ValueError as error:
-            cut = isinstance(error, json.JSONDecodeError) and number == len(lines)  # no end of line behind it
-            text = f"not a JSON object ({error}); fix the line"
-            text = "the file ends within this line: cut off; copy it again" if cut else text
-            problems.append(Problem(where, None, text, fatal=cut))
-    if not entries and not problems:
-        problems.append(Problem(path.name, None, "the file holds no examples; write it again", fatal=True))
-    return entries, problems
+        yield path.name, Problem(path.name, None, str(error), fatal=True)
+        return
+    with path.open(encoding="utf-8-sig") as file:  # splitlines would also cut at U+2028 inside a text
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                entry = loads(line.lstrip("\ufeff").rstrip("\n"))  # it stands between files that were joined
+                if not isinstance(entry, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                cut = isinstance(error, json.JSONDecodeError) and not line.endswith("\n")
+                text = f"not a JSON object ({error}); fix the line"
+                text = "the file ends within this line: cut off; copy it again" if cut else text
+                entry = Problem(where, None, text, fatal=cut)
+            yield where, entry
+    if where is None:
+        yield path.name, Problem(path.name, None, "the file holds no examples; write it again", fatal=True)
 
 
-def read_csv(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
-    """The rows of a CSV file with a header, each with its "file:line"; an empty cell is a field that is not there."""
-    entries, problems = [], []
+def read_csv(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    """("file:line", its fields) of each row of a CSV file with a header; an empty cell is a field that is not there."""
+    where = None
     try:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         names = reader.fieldnames or []
@@ -99,28 +104,27 @@ def read_csv(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
             where = f"{path.name}:{reader.line_num}"
             if None in row or None in row.values():
                 text = f"not the {len(names)} cells of the header; put quotes around a text with commas"
-                problems.append(Problem(where, None, text))
+                yield where, Problem(where, None, text)
             else:  # pandas writes its index under no name
-                entries.append((where, {name or "index": cell for name, cell in row.items() if cell}))
-        if not entries and not problems:
+                yield where, {name or "index": cell for name, cell in row.items() if cell}
+        if where is None:
             raise ValueError("a header without rows below it; write the file again")
     except (ValueError, csv.Error) as error:
-        return [], [Problem(path.name, None, str(error), fatal=True)]
-    return entries, problems
+        yield path.name, Problem(path.name, None, str(error), fatal=True)
 
 
-def read_list(path: Path) -> tuple[list[tuple[str, dict]], list[Problem]]:
-    """The objects of a JSON list, each with its "file[place]", and what is none."""
+def read_list(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    """("file[place]", the object) of each place of a JSON list; a Problem where it holds none."""
     try:
         values = read_json(path)
         if not isinstance(values, list) or not values:
             raise ValueError("not a JSON list of examples; fix the file")
     except ValueError as error:
-        return [], [Problem(path.name, None, str(error), fatal=True)]
-    named = [(f"{path.name}[{i}]", value) for i, value in enumerate(values)]
-    others = [where for where, value in named if not isinstance(value, dict)]
-    problems = [Problem(where, None, "not a JSON object; fix the file") for where in others]
-    return [pair for pair in named if isinstance(pair[1], dict)], problems
+        values = [Problem(path.name, None, str(error), fatal=True)]
+    for i, value in enumerate(values):
+        where = f"{path.name}[{i}]"
+        good = isinstance(value, dict | Problem)
+        yield where, value if good else Problem(where, None, "not a JSON object; fix the file")
 
 
 def tidy(media: Path, value):
@@ -131,7 +135,7 @@ def tidy(media: Path, value):
         return [tidy(media, inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (value.isascii() and not value.startswith("/")):
         return value
     if re.search("[\ud800-\udfff]", value):  # JSON may hold it, UTF-8 cannot
         raise ValueError("half a character, \\ud800 to \\udfff without its other half; write it in full, or remove it")

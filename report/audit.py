@@ -16,11 +16,10 @@ MOST_LISTED = 200
 def audit_scorer(right, examples: list) -> dict:
     """Ask a scorer what must be wrong; `failures` are what it called right.
 
-    right(prediction, example) -> bool; None, which would leave the example out, is a failure, too. An example has id,
-    question, answer, question_type, also_right and candidates. Of each type every two distinct answers are scored
-    against each other. Those may be right that are the same after normalising, or forms of one example's answer:
-    counted as declared. For every example are scored nothing, spaces, "I don't know", the question itself, and
-    different answers of its type in one. Of more than MOST_PAIRS pairs a regular part is scored: `pairs` says how many.
+    right(prediction, example) -> bool; None, which would leave the example out, is a failure, too. Of each type every
+    two distinct answers are scored against each other. Those may be right that are the same after normalising, or forms
+    of one example's answer: counted as declared. For every example are scored nothing, spaces, "I don't know", the
+    question, and other answers of its type in one. Of more than MOST_PAIRS pairs a regular part is: `pairs` counts it.
     """
     answers = defaultdict(dict)  # type -> answer -> an example that it is right for
     alike = defaultdict(list)  # type -> sets of labels that mean the same

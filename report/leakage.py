@@ -5,10 +5,7 @@ media, and answers that say nothing. Files are compared by what is decoded of th
 also by how they look (near_duplicates.py); pictures without structure by their pixels alone: "flat" counts these.
 """
 
-import json
-import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -19,7 +16,7 @@ from inputs.show import shorten
 from inputs.videos import FRAMES
 from report.near_duplicates import OF_BITS, closest, small_picture, structured
 from report.scoring import forms, normalise, says_nothing, score_answer
-from runtime.files import progress
+from runtime.files import in_threads
 
 KINDS = ("same content", "near duplicate", "shared frames", "shared group", "conflict", "same question", "empty answer")
 
@@ -30,10 +27,9 @@ MEASURES = [(sound.FILES, sound.measure), (videos.FILES, videos.measure), (turns
 def check(data: Path, examples: list, contents: dict[str, str] | None = None) -> dict:
     """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits.
 
-    Of an example are read where, split, id, groups, question, answer, also_right, question_type, history, and media
-    and shown, names relative to `data`. `contents` are those of files that the caller has decoded already. A file that
-    cannot be decoded is compared by its bytes; one that is not there by its name: this, and a picture that cannot be
-    looked at, are counted as "not looked at".
+    Media are named relative to `data`; `contents` are those of files that the caller has decoded. A file that cannot be
+    decoded is compared by its bytes; one that is not there by its name: this, and a picture that cannot be looked at,
+    are counted as "not looked at".
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
     pictures = {name for example in examples for name in example.shown}
@@ -47,37 +43,27 @@ def check(data: Path, examples: list, contents: dict[str, str] | None = None) ->
             return found, small_picture(data, name) if name in pictures else None, True
         return found, None, False
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        looked = progress(pool.map(look, names), desc="leakage check", total=len(names))
-        looked = dict(zip(names, looked, strict=True))
+    looked = in_threads(look, names, desc="leakage check")
     content = {name: found for name, (found, _, _) in looked.items()}
     small = {content[name]: picture for name, (_, picture, _) in looked.items() if picture is not None}
     seen = {key: picture for key, picture in small.items() if structured(picture)}
     files = first_of_each_split(examples, lambda example: [(name, content[name]) for name in example.shown])
     # patients, videos, procedures; what is just a file's or example's own name is no group
     groups = first_of_each_split(examples, lambda e: [(g, g) for g in e.groups if g not in (*e.media, e.id)])
-    findings = [
-        *same_content(files),
-        *similar_pictures(files, seen),
-        *shared_frames(examples, content),
-        *repeated_questions(examples, content),
-    ]
+    findings = [*same_content(files), *similar_pictures(files, seen), *shared_frames(examples, content)]
+    findings += repeated_questions(examples, content)
     for (example, name), (first, _), _ in repeated(groups):
         what = "video file" if videos.in_file(name) else "group"
         text = f"{what} {name} of {example.split} is also in {first.split} ({first.where})"
         findings.append({"kind": "shared group", "where": example.where, "text": text})
-    for example in (example for example in examples if says_nothing(example.answer)):
-        text = f"the answer of {example.id} is {example.answer!r}"
-        findings.append({"kind": "empty answer", "where": example.where, "text": text})
+    empty = [(e.where, f"the answer of {e.id} is {e.answer!r}") for e in examples if says_nothing(e.answer)]
+    findings += [{"kind": "empty answer", "where": where, "text": text} for where, text in empty]
     findings.sort(key=lambda finding: KINDS.index(finding["kind"]))
     counts = dict.fromkeys(KINDS, 0) | Counter(finding["kind"] for finding in findings)
     counts |= {"not looked at": sum(not found for _, _, found in looked.values()), "flat": len(small) - len(seen)}
-    splits = {split: describe_split([e for e in examples if e.split == split]) for split in SPLITS}
-    return {
-        "findings": findings,
-        "counts": counts,
-        "splits": {split: found for split, found in splits.items() if found["questions"]},
-    }
+    parts = {split: [example for example in examples if example.split == split] for split in SPLITS}
+    splits = {split: describe_split(part) for split, part in parts.items() if part}
+    return {"findings": findings, "counts": counts, "splits": splits}
 
 
 def content_of(data: Path, name: str) -> str:
@@ -146,25 +132,22 @@ def repeated_questions(examples: list, content: dict[str, str]):
 
     Not of a text alone, where a greeting has many right replies; captions (no question) may differ, as descriptions do.
     """
-    asked = defaultdict(list)  # what is asked -> [examples that agree], one list for each answer
+    asked = defaultdict(list)  # what is asked -> the first example with each answer
     for example in examples:
         shown = tuple(content[name] for name in example.shown)
         if not shown or says_nothing(example.answer):
             continue
         question = normalise(example.question)
-        answers = asked[question, shown, json.dumps(example.history, default=str)]
-        same = next((part for part in answers if agree(part[0], example)), None)
-        what = f"{shorten(example.question, 80)!r} of {example.shown[0]}" + (" …" if len(shown) > 1 else "")
-        if same:
-            text = f"{what} is asked at {same[0].where}, too, with the same answer {shorten(example.answer, 80)!r}"
-            yield {"kind": "same question", "where": example.where, "text": text}
-            same.append(example)
-            continue
-        if answers and question:
-            mine, theirs = shorten(example.answer, 80), shorten(answers[0][0].answer, 80)
-            text = f"{what} is answered {mine!r}, but {theirs!r} at {answers[0][0].where}"
-            yield {"kind": "conflict", "where": example.where, "text": text}
-        answers.append([example])
+        answers = asked[question, shown, repr(example.history)]
+        same = next((other for other in answers if agree(other, example)), None)
+        if same or (answers and question):
+            other, mine = same or answers[0], shorten(example.answer, 80)
+            text = f"{shorten(example.question, 80)!r} of {example.shown[0]}" + (" …" if len(shown) > 1 else "")
+            otherwise = f" is answered {mine!r}, but {shorten(other.answer, 80)!r} at {other.where}"
+            text += f" is asked at {other.where}, too, with the same answer {mine!r}" if same else otherwise
+            yield {"kind": "same question" if same else "conflict", "where": example.where, "text": text}
+        if not same:
+            answers.append(example)
 
 
 def agree(one, other) -> bool:
@@ -182,10 +165,10 @@ def overlaps(examples: list, contents: dict[str, str]) -> dict[str, dict]:
     """
     found, earlier = {}, set()
     for split in SPLITS:
-        part = [{contents.get(name) for name in example.shown} for example in examples if example.split == split]
-        files = set().union(*part) - {None}
-        if split != "train" and part:
-            shared = files & earlier
+        asked = [example for example in examples if example.split == split]
+        files = {contents.get(name) for example in asked for name in example.shown} - {None}
+        if split != "train" and asked:
+            part, shared = [{contents.get(name) for name in example.shown} for example in asked], files & earlier
             touched = sum(bool(p & shared) for p in part)
             contained = sum(bool(p) and p <= shared for p in part)  # a text alone shows nothing
             found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}

@@ -135,7 +135,8 @@ def true_candidate(record: dict) -> str | None:
 
 def answerable(example) -> bool:
     """Can an answer be right that is restricted to the example's candidates?"""
-    return not example.candidates or true_candidate(vars(example)) is not None
+    known = {name: getattr(example, name) for name in ("answer", "also_right", "candidates", "question_type")}
+    return not known["candidates"] or example.answer in example.candidates or true_candidate(known) is not None
 
 
 def caption(prediction: str | None, true: str) -> dict[str, bool]:

@@ -93,7 +93,7 @@ FAULTS = {
          "_splitter(tokenizer, size)", "_splitter(tokenizer, 0)",
          "tests/common/test_masking.py::test_a_tokenizer_that_grew_is_split_anew"),
         ("every image stands for as many tokens as the first",
-         "[t] * next(left) if", "[t] * counts[0] if",
+         "(next(left) if", "(counts[0] if",
          "tests/common/test_masking.py::test_expand_placeholder_repeats_each_by_its_own_count"),
         ("features that no placeholder waits for are dropped",
          "!= len(features):", "> len(features):",

@@ -97,9 +97,9 @@ def test_no_text_may_hold_what_the_tokenizer_takes_for_a_token(demo, asked, toke
 def test_added_words_are_no_tokens_to_refuse_and_placeholders_are_whatever_they_are(demo):
     tokenizer = copy.deepcopy(demo.task.tokenizer)
     tokenizer.add_tokens([AddedToken("polyp", special=False), AddedToken("[VIDEO]", special=False)])
-    refuse_tokens(tokenizer, ["a polyp", "[VIDEO]"], [])
+    refuse_tokens(tokenizer, ("a polyp", "[VIDEO]"), ())
     with pytest.raises(ValueError, match=r"contains '\[VIDEO\]'"):
-        refuse_tokens(tokenizer, ["a polyp", "a [VIDEO]"], [tokenizer.convert_tokens_to_ids("[VIDEO]")])
+        refuse_tokens(tokenizer, ("a polyp", "a [VIDEO]"), (tokenizer.convert_tokens_to_ids("[VIDEO]"),))
 
 
 def test_a_checkpoint_without_a_placeholder_gives_no_tree_and_no_fault_of_an_example(demo, asked):

@@ -240,7 +240,7 @@ def test_a_conversation_gives_a_row_an_answer_with_the_turns_before_it(conversat
         ("train.json[0] turn 2", "a.2", "How many?", "one"),
         ("train.json[1]", "b", "Is it red?", "no"),
     ]
-    assert [row.history for row in rows] == [
+    assert [list(row.history) for row in rows] == [
         [],
         [("What is seen?", "A polyp.")],
         [("What is seen?", "A polyp."), ("Which color?", "pink")],

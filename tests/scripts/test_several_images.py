@@ -211,7 +211,7 @@ def test_rows_as_they_are_published_are_read(tmp_path, kind, name):
     args = SCRIPTS[kind].parse_arguments(["--model", "m", "--data", str(tmp_path), "--out", "o"])
     found, problems = SCRIPTS[kind].read_examples(tmp_path, args)
     assert problems == [] and [(example.media, example.question) for example in found] == expected
-    assert all(example.unread == [] for example in found)
+    assert not any(example.unread for example in found)
     elsewhere, problems = examples.read(tmp_path)
     assert problems == [] and [example.media for example in elsewhere] == [media for media, _ in expected]
     assert [example.group for example in elsewhere] == [example.group for example in found]

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections import Counter
 from copy import copy as shallow_copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -676,7 +676,7 @@ def test_json_lines_give_the_same_examples_as_conversations(copy, data):
         (copy / f"data/{split}.jsonl").write_text(text)
     found = load_demo(copy, script, *vision(copy))
     places = ("where", "group", "groups")  # a text alone is named by its place
-    plain = lambda e: {k: v for k, v in vars(e).items() if k not in (places if not e.media else places[:1])}  # noqa: E731
+    plain = lambda e: {k: v for k, v in asdict(e).items() if k not in (places if not e.media else places[:1])}  # noqa: E731
     assert [plain(example) for example in found.examples] == [plain(example) for example in data.examples]
     assert [t.branches for t in found.trees] == [t.branches for t in data.trees]
 
