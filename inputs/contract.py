@@ -152,9 +152,8 @@ class Contract:
         trained = {name for name, parameter in vlm.named_parameters() if parameter.requires_grad}
         changed = {name for name in after if after[name] != self.before[name]}
         if changed - trained:
-            raise Broken(
-                "training", f"a step changes what is frozen: {show.shorten(', '.join(sorted(changed - trained)))}"
-            )
+            text = f"a step changes what is frozen: {show.shorten(', '.join(sorted(changed - trained)))}"
+            raise Broken("training", text)
         if trained - changed:
             text = f"trained, but three steps do not change it: {show.shorten(', '.join(sorted(trained - changed)))}"
             raise Broken("training", f"{text}. The model does not read it, or it is cut off from the loss")

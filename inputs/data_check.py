@@ -66,8 +66,7 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
 def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Problem], dict, dict, dict]:
     """Open every file once; the same content or group in two splits, and a recording of two questions, are faults too.
 
-    measure(data, name) is Task.measure. Returned are the faults, {name: what it measured}, and of what could be read
-    {name: content} and {name: SHA-256 of the file}.
+    Returns the faults and, by file name, what `measure` (Task.measure) found; for readable files, content and SHA-256.
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
 

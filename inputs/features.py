@@ -40,9 +40,7 @@ class Cache:
         self.folder, self.processor, self.tower, self.rewritten = folder, processor, "", set()
 
     def belongs_to(self, tower: nn.Module) -> None:
-        """The tower whose features these are, known by its configuration and every weight, in the format that it
-        computes with; before it is put on a device, and workers start.
-        """
+        """Identify the tower by its configuration, weights and their dtype. Call it before .to() and the workers."""
         if self.folder and not next(tower.parameters()).is_meta:
             config = {name: value for name, value in tower.config.to_dict().items() if name != "transformers_version"}
             self.tower = digest_of(json.dumps(config, sort_keys=True), tower.state_dict())

@@ -1,7 +1,6 @@
 """The fields of an entry as a file has it: which are read, under which names, and what becomes of all others.
 
-A field that is not read is listed with its count, unless leaving it out would change what is asked or shown: such a
-field is a fault.
+Fields that are not read are listed with their counts. One that would change what is asked or shown is a fault.
 """
 
 import difflib
@@ -37,9 +36,8 @@ MEDIA = (*videos.FILES, *sound.FILES, *turns.VOLUMES, *OTHER_MEDIA)
 def read(data: Path, split: str | None, entry: dict, known: set[str] | None) -> tuple[str | None, dict]:
     """(split, entry): its split, and the entry with its `group`, by whichever of their usual names.
 
-    entry["unread"] lists the fields, not among `known`, that will not be read; entry["grouped"] says which field is the
-    group; entry["second_group"] is another. Raises ValueError for a field that is misspelt, or may not be left out;
-    with known=None for none of these.
+    entry["unread"] lists fields outside `known` that are not read; entry["grouped"] names the field of the group, and
+    entry["second_group"] is another. Raises ValueError for a field that is misspelt or must be read, unless known=None.
     """
     others = {name: value for name, value in flat(entry, known or ()) if value not in (None, "", [], {})}
     named = others if entry.get("video_id") in (None, "") else {"video_id": entry["video_id"], **others}

@@ -57,9 +57,7 @@ def data_files(data: Path) -> dict[str | None, Path]:
 
 
 def inside(media: Path, name: str) -> Path:
-    """media/name, wherever links lead from there; of a frame the video file. Raises ValueError where it is no file, or
-    named from elsewhere.
-    """
+    """media/name, for a frame its video file; links may lead out. Raises ValueError where it is no file or outside."""
     name = FRAME.fullmatch(name)[1] if FRAME.fullmatch(name) else name
     if os.path.isabs(name) or ".." in Path(name).parts:
         text = "leads outside the data folder; link the file into it, or name its folder with --media-root"
@@ -135,9 +133,7 @@ def array_header(file, length: int) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def file_sha256(data: Path, name: str) -> str:
-    """The SHA-256 of a file of the data folder; of a frame its video file's, with the time. Raises ValueError where it
-    cannot be read.
-    """
+    """The SHA-256 of a data file; for a frame that of its video, with the time. Raises ValueError if unreadable."""
     path, frame = inside(data, name), FRAME.fullmatch(name)
     try:
         if not frame:

@@ -1,8 +1,7 @@
 """Images: found in the data folder, and decoded completely. How they are prepared is in processors.py.
 
-Pictures of every kind, the frames of videos among them, become RGB by `to_rgb` alone.
-
-`QwenImages` is what Qwen2-VL adds: images of any size, and positions in time, height and width.
+Pictures of every kind, the frames of videos among them, become RGB by `to_rgb` alone. `QwenImages` is what Qwen2-VL
+adds: images of any size, and positions in time, height and width.
 """
 
 import math

@@ -9,19 +9,18 @@ import common
 from inputs.task import Task
 
 
+@torch.no_grad()
 def losses(model, tree: common.Prompt, task: Task, example, run) -> tuple[float, float, list[str]]:
     """The script's loss of a tree's first example, transformers' own, and the tokens whose features are the script's.
 
-    transformers' model reads the same tokens, labels and media, and finds positions, masks and features itself. Where
-    a script has grafted a part that the model's forward does not know, such as an encoder of sound, the features at
-    those placeholders alone are the script's own.
+    transformers' model reads the same tokens, labels and media, and finds positions, masks and features itself. Only at
+    placeholders of a part that the script has grafted on, such as an encoder of sound, are the features the script's.
     """
     model.eval()
     (batch,) = run.packed([tree.part([0])], task)
     seen = {}
     keep = model.decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    with torch.no_grad():
-        total, supervised = model(batch)
+    total, supervised = model(batch)
     keep.remove()
     media, grafted = own_media(model.vlm, batch, task, tree, example, run)
     places = torch.isin(batch["input_ids"], torch.tensor(grafted).to(total.device))
@@ -30,8 +29,7 @@ def losses(model, tree: common.Prompt, task: Task, example, run) -> tuple[float,
         return torch.where(places.unsqueeze(-1), seen["inputs_embeds"], embeds)
 
     place = model.vlm.get_input_embeddings().register_forward_hook(graft)
-    with torch.no_grad():
-        own = model.vlm(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **media).loss
+    own = model.vlm(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False, **media).loss
     place.remove()
     names = task.tokenizer.convert_ids_to_tokens(grafted)
     return float(total) / int(supervised), float(own), names

@@ -45,8 +45,7 @@ def conversation(tokenizer, messages: list[dict], answer: str, image_id: int) ->
 def prove(task: Task, example: Example, tree: common.Prompt) -> str:
     """A line that says they are equal, token for token, or what has to be added; ends the program where they differ.
 
-    Compared is the prompt of the tree's first question. A run of placeholders counts once: that there are as many as
-    features is checked elsewhere.
+    The first question is compared. A run of placeholders counts once: building.check_example checks their number.
     """
     if task.messages(example) is None:
         return "a text without a chat template"

@@ -160,10 +160,9 @@ def composed(entry: dict) -> dict:
 def allow_training_answers(examples: list[Example]) -> None:
     """Complete inferred candidates from the training examples, in place.
 
-    A color may be any that training answers. A yes_no question or an mcq may also be answered by what training answers
-    to its very words: to "Have all polyps been removed?" that may be "not relevant". Training's spelling of an answer,
-    such as "Yes", takes the place of ours: it is what the model was trained on. So does the form in which it mostly
-    answers labelled options, such as their letters.
+    A color may be any that training answers. A yes_no question or an mcq may also have any training answer to the same
+    words: to "Have all polyps been removed?" perhaps "not relevant". Answers take the spelling of training ("Yes"), and
+    labelled options the form that it mostly uses, such as letters: this is what the model was trained on.
     """
     short = functools.cache(normalise)  # the same few answers over and over
     training = [example for example in examples if example.split == "train"]

@@ -57,10 +57,9 @@ def messages(entry: dict) -> dict:
 def llava(where: str, split: str | None, entry: dict, mark: str, field: str | None):
     """(where, split, entry) for each answer, with the turns before it as its `history`. Raises ValueError.
 
-    An entry without conversations stays as it is. With `field` the first turn must hold `mark` once where the entry
-    has that, and not otherwise. A single mark, wherever in the first turn, goes first, as in LLaVA's own training;
-    others stay where they are (see images.placed). Of several answers IDs are numbered. LLaVA-ST's pictures are videos
-    of one frame.
+    An entry without conversations stays as it is. With `field` the first turn must hold `mark` once if the entry has
+    that field, and otherwise not at all. A single mark in the first turn moves to its start, as in LLaVA's training;
+    others stay (see images.placed). Several answers get numbered IDs. LLaVA-ST's pictures are videos of one frame.
     """
     if field and named(entry, "image", None) and not named(entry, field, None):
         entry, mark = {**entry, field: entry["image"]}, "<image>"

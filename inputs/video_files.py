@@ -1,8 +1,7 @@
 """Frames of video files, which PyAV decodes: each is a medium of its own, named by its time, "clips/q7.mp4#t=3.250".
 
-It is the frame whose time is nearest, in seconds as players count them, turned as the file says. A long file is not
-decoded as a whole, but from the keyframe before a wanted frame. Nothing stays open and no thread is left behind: the
-processes that read media are forked.
+It is the frame whose time is nearest, in seconds as players count them, turned as the file says. Decoding begins at the
+keyframe before it. Nothing stays open and no thread is left behind, because the processes that read media are forked.
 """
 
 import math

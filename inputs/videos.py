@@ -1,6 +1,4 @@
-"""Videos and clips: which frames are shown, and reading them. A clip is a list of frames that the data name, or a video
-file; a video also a folder of frames, an animation, an array, or a single picture.
-"""
+"""The frames of clips (listed frames, or a video file) and videos (also a folder, animation, array or one picture)."""
 
 import math
 import operator

@@ -26,8 +26,7 @@ def blind_answers(train: list, asked: list) -> list[dict[str, str]]:
     by_type, by_text, by_question, places, spelt = (defaultdict(Counter) for _ in range(5))
     everything = Counter()
     for example in train:
-        # forms that answers share come first: of equally frequent ones the first is taken, and one example's own
-        # wording would be right for that example alone
+        # shared forms first: of equally frequent ones the first is taken, and an example's own wording fits it alone
         forms = [*example.also_right, example.answer]
         labels = list(dict.fromkeys(map(label, forms)))
         kind, text, question = described(example)

@@ -12,8 +12,7 @@ from inputs.building import build_trees
 def prepare(asked: list, trees: list, task, run) -> tuple:
     """What is needed to answer without seeing, into RUN/blind/blank or RUN/blind/shuffled: (asked, trees, task, run).
 
-    blank: the same questions, and nothing to see in their media (`task.blank`). shuffled: see `exchange`. Ends where
-    an example with another's media can be no prompt.
+    blank: the media show nothing (`task.blank`). shuffled: see `exchange`. Ends where that makes a faulty prompt.
     """
     run = replace(run, folder=run.folder / "blind" / run.args.blind)
     if run.args.blind == "blank":
@@ -34,10 +33,9 @@ def nothing_to_see(task, data, trees: list) -> dict:
 def exchange(examples: list, task) -> list:
     """Each example with the media of another: of another group, unless one group has more than half of them.
 
-    Within each kind (`task.kind`) media are put in order of their groups and passed on by as many places as the
-    largest group has. Examples that share theirs get the same others: an image is still read once for all its
-    questions. Nothing that an example shows is shown again in its place: where its kind has no other such media, it is
-    left out; a text alone stays as it is.
+    Within each kind (`task.kind`), media are ordered by group and passed on by as many places as the largest group has.
+    Examples that share media get the same others: an image is still read once for all its questions. No example gets a
+    medium that it shows itself: where its kind has no other media, it is left out. A text alone stays as it is.
     """
     kinds = defaultdict(dict)  # kind -> media -> an example that shows them
     for example in examples:

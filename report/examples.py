@@ -30,8 +30,7 @@ class AnyExample(Example):
 def read(path: Path, split=None, endovis=None, media: Path | None = None) -> tuple[list[AnyExample], list[Problem]]:
     """The examples of a data folder, whichever script it is for, or of one file; and what is no example.
 
-    `split` is that of a file's examples; `endovis` one of layouts.ENDOVIS, for that data set; `media` where its media
-    are, if not beside.
+    `split` is a file's, `endovis` one of layouts.ENDOVIS for that data set, `media` where media lie, if not beside it.
     """
     media = media or (path if path.is_dir() else path.parent)
     found = layouts.entries(path, media, endovis)

@@ -28,8 +28,8 @@ def check(data: Path, examples: list, contents: dict[str, str] | None = None) ->
     """What makes a test figure worthless, JSON-like: findings, counts of each kind, splits.
 
     Media are named relative to `data`; `contents` are those of files that the caller has decoded. A file that cannot be
-    decoded is compared by its bytes; one that is not there by its name: this, and a picture that cannot be looked at,
-    are counted as "not looked at".
+    decoded is compared by its bytes, a missing one by its name. "not looked at" counts missing files and pictures that
+    cannot be looked at.
     """
     names = list(dict.fromkeys(name for example in examples for name in example.media))
     pictures = {name for example in examples for name in example.shown}

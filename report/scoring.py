@@ -2,8 +2,7 @@
 
 An answer is never searched for in a text: "no" stands inside "normal", "male" inside "female". Only where a type is of
 numbers, the one that a text holds is read (`number_said`). `normalise` says what makes no difference, `score_answer`
-compares a prediction with one true answer, and `score` with all forms of an example's. Every exact or relaxed match of
-this project is decided in this file.
+compares a prediction with one true answer, `score` with all forms of it. Every match in this project is decided here.
 """
 
 import functools

@@ -63,8 +63,7 @@ def summarise(records: list[dict]) -> dict:
     best of these, with the interval of that difference (of each record, right or not less baseline right or not).
     Which baseline is the best is found on these same records, to the baseline's advantage.
 
-    A type whose questions all have the same `candidates` has figures of these, too, see `choice_figures`; one whose
-    answers are numbers has `number_figures`.
+    A type whose questions all have the same `candidates` also has `choice_figures`; one of numbers `number_figures`.
     """
     if not records:
         raise ValueError("no examples to summarise")
@@ -180,8 +179,7 @@ def ranked_figures(records: list[dict]) -> dict:
 def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> dict:
     """The expected calibration error, and for each of equally wide bins how sure and how often right.
 
-    ece is the mean over the answers of |share that is right - mean probability| in their bin (Guo et al. 2017). A bin
-    holds its upper end.
+    ece is the mean over answers of |share right - mean probability| in their bin, upper end included (Guo et al. 2017).
     """
     confidence, right = np.asarray(confidence, dtype=float), np.asarray(right, dtype=float)
     edges = np.linspace(0, 1, bins + 1)

@@ -121,8 +121,7 @@ def rank_of(folder: Path) -> int | None:
 def read_config(folder: Path) -> dict:
     """adapter_config.json, with each of VALUES.
 
-    Raises ValueError for an adapter that is not plain LoRA, or not that of its matrices: it would load, and answer
-    otherwise than trained.
+    Raises ValueError unless it is plain LoRA that fits its matrices: another would load, but answer otherwise.
     """
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict):

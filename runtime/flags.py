@@ -54,21 +54,11 @@ def board(text: str) -> str:
     return text
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and a line for most flags."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """A flag as it is written: "--[no-]report"."""
-        if isinstance(action, YES_NO):
-            return action.option_strings[0].replace("--", "--[no-]")
-        return super()._format_action_invocation(action)
-
-
 class Parser(argparse.ArgumentParser):
     """Says of a flag that it does not know what it is called here, and keeps --help short."""
 
     def __init__(self, doc: str):
-        wide = partial(Help, max_help_position=28, width=120)
+        wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
         super().__init__(description=doc, formatter_class=wide, allow_abbrev=False, add_help=False)
         self.usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
 
@@ -132,8 +122,7 @@ def add_training(add, parts: dict[str, str]) -> None:
     add("--questions-per-step", type=positive, metavar="N", default=64, help=text)
     text = "most tokens of a packed sequence, as memory allows (default: %(default)s)"
     add("--pack-tokens", type=positive, metavar="N", default=4096, help=text)
-    text = "read an image once for all its questions (default: yes)"
-    add("--share-prefix", action=YES_NO, default=True, help=text)
+    add("--share-prefix", action=YES_NO, default=True, help="read an image once for all its questions (default: yes)")
     add("--augment", action=YES_NO, default=False, help="train on media a little turned, scaled and lit (default: no)")
     add("--seed", type=count, metavar="N", default=0, help="of every random draw (default: %(default)s)")
 
@@ -148,9 +137,9 @@ def add_machine(add) -> None:
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help=text)
     text = "compute activations again: less memory, slower (default: no)"
     add("--grad-checkpoint", action=YES_NO, default=False, help=text)
-    text = "train with compiled decoder layers, on a GPU with FlexAttention: faster, after a minute (default: no)"
+    text = "train with compiled decoder layers (GPU: FlexAttention); faster after a minute (default: no)"
     add("--compile", action=YES_NO, default=False, help=text)
-    text = "send metrics to tensorboard (RUN/tensorboard) or wandb:PROJECT, too; repeatable (default: neither)"
+    text = "metrics also go to tensorboard (RUN/tensorboard) or wandb:PROJECT; repeatable (default: no)"
     add("--log-to", action="append", type=board, default=[], metavar="BOARD", help=text)
 
 
@@ -159,8 +148,7 @@ def add_saving(add) -> None:
     add("--save-every", type=positive, metavar="N", default=200, help=text)
     text = "optimizer steps between validation losses, each after a checkpoint (default: %(default)s)"
     add("--eval-every", type=positive, metavar="N", default=200, help=text)
-    text = "end after N validations without a lower loss (default: all of the steps)"
-    add("--patience", type=positive, metavar="N", help=text)
+    add("--patience", type=positive, metavar="N", help="end after N validations without a lower loss (default: never)")
     text = "best or last: the checkpoint of the lowest validation loss, or the newest (default: %(default)s)"
     add("--answer-with", choices=["best", "last"], default="best", metavar="WHICH", help=text)
     text = "auto (newest complete checkpoint of RUN), none, or a checkpoint's folder (default: %(default)s)"
@@ -169,10 +157,9 @@ def add_saving(add) -> None:
     add("--resume-anyway", action="store_true", help=text)
     text = "split that is answered: val, train, or, once settings are chosen, test (default: %(default)s)"
     add("--eval-split", choices=["test", "val", "train"], metavar="SPLIT", default="val", help=text)
-    choices = ["greedy", "constrained", "ranked", "both"]
     text = "greedy: token by token; constrained: so, among allowed answers; ranked: the likeliest allowed answer, with "
     text += "probabilities; both: greedy, and ranked besides (default: %(default)s)"
-    add("--decode", choices=choices, metavar="HOW", default="greedy", help=text)
+    add("--decode", choices=["greedy", "constrained", "ranked", "both"], metavar="HOW", default="greedy", help=text)
     text = "most tokens of an answer that is not ranked (default: %(default)s)"
     add("--max-answer-tokens", type=positive, metavar="N", default=64, help=text)
     text = "with --eval-only: show nothing, or another group's media; into RUN/blind (default: no)"

@@ -132,8 +132,7 @@ def size_faults(folder: Path, shards: list[Path]) -> list[str]:
 def fingerprint(folder: Path, files: list[Path] | None = None) -> str:
     """Whether two folders can hold the same model: of each file its size and both ends, which is all of a small one.
 
-    It takes no time; the rest of large files is in `weights`. With `files` only these count: of an encoder, its
-    configuration and weights.
+    It takes no time; `weights` covers the rest of large files. With `files` only these count, such as an encoder's.
     """
     digest = hashlib.sha256()
     model = [p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".safetensors")]

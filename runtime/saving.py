@@ -1,7 +1,6 @@
-"""Checkpoint folders: written beside their name and renamed, checked by manifest, never pickled.
+"""Checkpoint folders: written beside their name and renamed, checked by manifest (sha256), never pickled.
 
-RUN/checkpoints/step-00000200 holds adapter or model.safetensors, optimizer.safetensors, state.json, and manifest.json
-with every file's sha256.
+RUN/checkpoints/step-00000200 holds adapter or model.safetensors, optimizer.safetensors, state.json and manifest.json.
 """
 
 import shutil

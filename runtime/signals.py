@@ -14,8 +14,7 @@ class StopSignal:
     """Notes SIGTERM, SIGUSR1 and SIGINT from `with` on.
 
     After wait() the loop asks for `received` and stops after its step. Before it, and after act(), there is nothing to
-    save, and a signal ends the program. A second signal ends it at once (as soon as Python runs again: not while it
-    waits for another rank).
+    save, and a signal ends the program. A second signal ends it at once, or after a wait for another rank.
     """
 
     def __init__(self):
