@@ -1,7 +1,7 @@
 # make demo      writes a tiny checkpoint and data set, trains, evaluates       (SCRIPT=llava_med,
 #                qwen2vl_sentinel, surg_video_vqa, umbrella_mri, or video_plain_lm)
 # make test      ruff, then the tests
-# make bench     the benchmarks of a CPU: some twenty minutes on two idle cores, by estimate (docs/benchmarks.md)
+# make bench     the benchmarks of a CPU: 25 minutes on two idle cores (docs/benchmarks.md)
 # make mutants   one-line faults, one at a time: each must be caught by a test (ten minutes; not part of make test)
 # All set up .venv with the pinned versions first; when nothing has changed, that takes no time.
 
