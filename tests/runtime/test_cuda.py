@@ -143,7 +143,7 @@ class Items(Dataset):
 
 
 def test_a_full_dev_shm_is_said_at_once(monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE", 5)
+    monkeypatch.setattr(batches, "PATIENCE", 60)
     settings = SimpleNamespace(args=SimpleNamespace(workers=1), stop=SimpleNamespace(received=None))
     loaded = batches.load(Items(), settings)
     fault = str(next(loaded))
