@@ -310,9 +310,9 @@ def pack(trees: list[Prompt], max_tokens: int, ranks: int = 1, rank: int | None 
 
 
 def join_turns(tree: Prompt) -> Prompt:
-    """The tree with one branch for all turns of a conversation, if each repeats those before it; the loss is the same.
+    """The tree with one branch for a conversation whose turns each repeat those before them; the loss is the same.
 
-    A turn that asks alone, and is supervised, ends where the next goes on: its answer is supervised there as well.
+    In it earlier answers are supervised, too. A turn without labels, which is to be answered, stays by itself.
     """
     branches, ids = [], []
     for (input_ids, labels), name in zip(tree.branches, tree.ids, strict=True):

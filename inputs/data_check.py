@@ -135,7 +135,7 @@ def count(examples: list[Example], trees: list[common.Prompt]) -> dict:
         "questions": len(examples),
         "showing_nothing": sum(not example.media for example in examples),
         "files": len({name for example in examples for name in example.media}),
-        "tokens": sum(map(len, trees)),
+        "tokens": sum(len(common.join_turns(tree)) for tree in trees),
         "supervised_tokens": sum(tree.supervised() for tree in trees),
         "question_types": dict(Counter(example.question_type for example in examples)),
         "not_among_candidates": sum(not scoring.answerable(example) for example in examples),

@@ -62,7 +62,7 @@ def make_example(data: Path, where: str, split: str | None, entry: dict) -> AnyE
             also_right=[str(form) for form in answers[1:]],
             question_type=named(entry, "question_type", kind),
             candidates=None,
-            history=entry["turns"][:-1] if "turns" in entry else entry.get("history") or (),
+            history=entry.get("history") or (entry.get("turns") or ())[:-1],
         )
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"not as examples are written ({error}); fix it") from None

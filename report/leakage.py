@@ -138,7 +138,7 @@ def repeated_questions(examples: list, content: dict[str, str]):
         if not shown or says_nothing(example.answer):
             continue
         question = normalise(example.question)
-        answers = asked[question, shown, repr(example.history)]
+        answers = asked[question, shown, repr([*example.history])]
         same = next((other for other in answers if agree(other, example)), None)
         if same or (answers and question):
             other, mine = same or answers[0], shorten(example.answer, 80)

@@ -5,6 +5,7 @@ page.css beside it is its style, page.js filters the predictions.
 
 import base64
 import hashlib
+import json
 import math
 import shlex
 from itertools import product
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import jinja2
 
+from inputs import sound
 from report import drawing
 from report.scoring import true_candidate
 from report.summary import MOST_CONFUSED, OTHER, labelled, number_line
-from report.thumbnails import kind_of, thumbnails
+from report.thumbnails import thumbnails
 
 FOLDER = Path(__file__).parent
 MOST_SHOWN = 20_000  # answers in the gallery
@@ -35,7 +37,7 @@ def entries(runs: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
         faults += [f"{left:,} answers of {run['name']}: the page would be too large"] if left else []
         thumbs, of, missing = thumbnails(run.get("media_root"), records, MEDIA_BYTES // len(runs))
         for record, cell, indices in zip(records, table_cells(run["records"]), of, strict=False):
-            looked_at = [name for name in record["media"] if kind_of(name) != "sound"] or [record["id"]]
+            looked_at = [name for name in record["media"] if not name.lower().endswith(sound.FILES)] or [record["id"]]
             seen = scans.setdefault((number, *looked_at), len(scans))
             entry = {"run": number, "type": record["question_type"], "media": [len(media) + i for i in indices]}
             shown.append(record | entry | {"p": probability(record), "seen": seen, "cell": cell})
@@ -90,6 +92,7 @@ def page(result: dict, records: list, media: list, examples: list, figures: dict
         faults=faults,
         examples=examples,
         number_line=number_line,
+        json=json,  # the filter tojson writes < as \u003c
         commands=[shlex.join(map(str, words)) for words in commands if words],
         style=(FOLDER / "page.css").read_text("utf-8"),
         script=script,

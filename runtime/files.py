@@ -107,7 +107,7 @@ def progress(iterable=None, shown: bool = True, **settings) -> tqdm:
 
 def in_threads(function: Callable, items: list, **settings) -> dict:
     """{item: function(item)}, by several threads: decoding runs outside Python's lock. `settings` are the bar's."""
-    n = max(1, min(64, len(items) // 256))  # a task for each of a million files would take a gigabyte
+    n = max(1, min(64, len(items) // 4096))  # a task for each of a million files would take a gigabyte
     parts = [items[i : i + n] for i in range(0, len(items), n)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = chain.from_iterable(pool.map(lambda part: [function(item) for item in part], parts))

@@ -21,6 +21,14 @@ def test_lines_that_are_no_examples_are_problems_and_the_others_are_read(tmp_pat
     ]
 
 
+def test_a_field_turns_of_plain_lines_is_neither_a_fault_nor_in_the_place_of_history(tmp_path):
+    line = {"image": "a.jpg", "question": "Is it red?", "answer": "no"}
+    lines = [line | {"turns": None}, line | {"turns": 2, "history": [["Where?", "left"]]}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    examples, problems = read(tmp_path)
+    assert problems == [] and [list(e.history) for e in examples] == [[], [("Where?", "left")]]
+
+
 def test_an_unsplit_file_is_divided_as_the_scripts_do(tmp_path):
     lines = [json.dumps({"img_id": f"i{i}", "question": "Is it red?", "answer": "no"}) for i in range(40)]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))

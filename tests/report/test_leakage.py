@@ -311,6 +311,13 @@ def test_what_was_said_before_is_part_of_the_question(tmp_path):
     assert kinds == [("conflict", "train.jsonl:2 turn 1"), ("same question", "train.jsonl:2 turn 0")]
 
 
+def test_a_contradiction_is_found_also_between_a_scan_of_umbrella_and_one_in_a_list(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((8, 8, 8), np.float32))
+    shown = {"volume": "a.npy", "modality": "T1"}, {"images": ["a.npy"], "answer": "no"}
+    write(tmp_path, train=[{"question": "Is it red?", "group": "a"} | line for line in shown])
+    only(tmp_path, "conflict", "train.jsonl:2")
+
+
 def test_captions_may_differ_and_texts_alone_may_repeat(tmp_path):
     captions = [shows("a.jpg", picture(1), question="", answer=answer) for answer in ("a polyp", "a red polyp")]
     write(tmp_path, train=[*captions, {"question": "Hello", "answer": "Hi"}, {"question": "Hello", "answer": "Hi"}])

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from report import drawing, thumbnails
+from report.page import entries
 from report.page import page as html_of
 
 TYPES = ("yes_no", "color", "count_numeric")
@@ -508,6 +509,25 @@ def test_sections_without_content_are_left_out_of_page_and_navigation():
     sections = re.findall(r'<section id="(\w+)"', full)
     expected = ["accuracy", "gallery", "blind", "comparisons", "answers", "supervised", "audit", "leakage"]
     assert sections == [*expected, "settings"]
+
+
+def test_a_type_without_a_prediction_on_the_page_leads_to_none():
+    html = html_of(a_report(), a_gallery(2), [], [], {})  # of a type that only cut answers have, there is no option
+    assert set(re.findall(r'data-type="(\w+)"', html)) == {"yes_no", "color"}
+
+
+def test_what_is_said_in_settings_is_shown_as_it_is():
+    html = html_of(a_report(a_run(settings={"worded": ["it's <b>", None]})), [], [], [], {})
+    assert "<code>[&#34;it&#39;s &lt;b&gt;&#34;, null]</code>" in html
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3", "flac"])
+def test_a_clip_is_one_card_whatever_its_questions_are_recorded_as(suffix):
+    rows = [record("v/0.jpg", "v/1.jpg", f"{i}.{suffix}") | {"id": i} for i in range(3)]
+    rows += [record(f"{i}.{suffix}") | {"id": i} for i in (3, 4)]  # a sound alone
+    rows = [row | {"question_type": "color", "answer": "red", "prediction": "red"} for row in rows]
+    shown, _, _ = entries([{"name": "a", "records": rows}])
+    assert [row["seen"] for row in shown] == [0, 0, 0, 1, 2]
 
 
 def test_the_page_names_what_answered_which_split_and_marks_an_early_step_and_changed_files():

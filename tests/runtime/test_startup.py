@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
+from threading import Event
 
 import pytest
 import transformers
 from helpers import run
+
+from runtime import files
 
 CASES = {  # script: (fixture of its demo, flags)
     "llava_med": ("demo_folder", "--pack-tokens 512"),
@@ -80,3 +84,26 @@ def test_code_in_a_model_folder_never_runs_and_is_never_asked_about(name, kind, 
         assert kind != "known" and isinstance(ended.code, str) and "trust_remote_code" not in ended.code
         assert str(folder) in ended.code
     assert asked == [] and not marker.exists()
+
+
+def test_what_ends_the_reading_of_files_waits_for_a_few_of_them_alone(monkeypatch):
+    """A fault of the script, or a signal: of 20,000 videos each thread had 64 to finish first."""
+    ended, opened = Event(), []
+
+    def bar(found, **_):
+        try:
+            yield from found
+        finally:  # what has not begun is cancelled by now
+            ended.set()
+
+    def look(name):
+        opened.append(name)
+        if name == 0:
+            raise SystemExit("a fault of the script")
+        ended.wait()
+
+    monkeypatch.setattr(files, "progress", bar)
+    with pytest.raises(SystemExit, match="a fault of the script"):
+        files.in_threads(look, list(range(20_000)))
+    assert len(opened) <= 8 * min(16, os.cpu_count() or 1)
+    assert files.in_threads(str, [3, 1, 2]) == {3: "3", 1: "1", 2: "2"} and files.in_threads(str, []) == {}
