@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 import common
 import train_llava_med as script
 from common import IGNORE, Prompt, pack, plan_run, supervised_loss, visible
+from inputs import data_check
 from runtime import Run
 from runtime.signals import StopSignal
 
@@ -374,6 +375,7 @@ def test_the_turns_of_a_conversation_are_read_once_and_equal_separate_sequences(
     prompt.ids.append("again")
     (batch,) = pack([prompt], 4096)
     assert batch["branch"].max() == 4 and batch["input_ids"].shape[1] < len(prompt) - len(turns[1][0])
+    assert data_check.count([], [prompt])["tokens"] == batch["input_ids"].shape[1], "what is read is counted"
     assert difference(packed(model, data, [prompt]), separate(model, data, [prompt])) < 1e-5
     (answering,) = pack([common.answering_prompt(prompt)], 4096)
     assert len(answering["ends"]) == 6  # each is answered by itself
