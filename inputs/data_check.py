@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import common
-from inputs import images, prompts, show, sound, videos
+from inputs import check_cache, images, prompts, show, sound, videos
 from inputs.building import build_trees
 from inputs.files import SPLITS, file_sha256
 from inputs.task import Example, Problem, Task
@@ -24,11 +24,19 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     are trained on: of their bytes, because a mirrored scan is the same content.
     """
     args, data = run.args, Path(run.args.media_root)
-    found, task.measured, contents, digests = check_media(data, examples, task.measure)
+    of = ranks.on_first_rank(lambda: check_cache.key(data, examples))
+    kept = ranks.on_first_rank(lambda: check_cache.read(Path(args.out), of))
+    seen = kept["seen"] if kept else open_media(data, examples, task.measure)
+    found, task.measured, contents, digests = check_media(examples, seen)
     task.report |= images.summary(task.measured, task.processor)
     task.report |= sound.list_quiet(task.measured)
-    scorer = ranks.on_first_rank(lambda: audit.audit_scorer(lambda s, e: task.score(s, e)["exact"], examples))
-    leaks = ranks.on_first_rank(lambda: leakage.check(data, examples, contents))
+    if kept:
+        scorer, leaks = kept["scorer"], kept["leakage"]
+        print(f"files, leakage and scorer were checked before, as {check_cache.NAME} says: nothing has changed since")
+    else:
+        scorer = ranks.on_first_rank(lambda: audit.audit_scorer(lambda s, e: task.score(s, e)["exact"], examples))
+        leaks = ranks.on_first_rank(lambda: leakage.check(data, examples, contents))
+        check_cache.write(Path(args.out), of, seen=seen, scorer=scorer, leakage=leaks)
     shared = leakage.overlaps(examples, contents)
     splits, trees, wrong = build(examples, problems + found, task)
     counts = {split: count(splits[split], trees[split]) for split in SPLITS}
@@ -63,11 +71,8 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     return splits, trees
 
 
-def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Problem], dict, dict, dict]:
-    """Open every file once; the same content or group in two splits, and a recording of two questions, are faults too.
-
-    Returns the faults and, by file name, what `measure` (Task.measure) found; for readable files, content and SHA-256.
-    """
+def open_media(data: Path, examples: list[Example], measure) -> dict[str, list]:
+    """{file name: (its fault or None, what `measure` (Task.measure) found, its content, its SHA-256)} of every file."""
     names = list(dict.fromkeys(name for example in examples for name in example.media))
 
     def look(name: str) -> tuple:
@@ -81,7 +86,14 @@ def check_media(data: Path, examples: list[Example], measure) -> tuple[list[Prob
         return None, *found, digest
 
     mine = in_threads(look, names[ranks.rank() :: ranks.ranks()], desc="media", unit="file")
-    seen = {name: found for part in ranks.gather(mine) for name, found in part.items()}
+    return {name: found for part in ranks.gather(mine) for name, found in part.items()}
+
+
+def check_media(examples: list[Example], seen: dict) -> tuple[list[Problem], dict, dict, dict]:
+    """The faults that open_media has `seen`; the same content or group in two splits, a recording of two questions.
+
+    Returns them and, by file name, what Task.measure found; for readable files, content and SHA-256.
+    """
     problems, first = [], {}
     for example in examples:
         broken = [seen[name][0] for name in example.media if seen[name][0]]

@@ -4,6 +4,7 @@ Pictures of every kind, the frames of videos among them, become RGB by `to_rgb` 
 adds: images of any size, and positions in time, height and width.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -97,6 +98,7 @@ def messages(turns: list[tuple], images: int, system: str) -> list[dict]:
     return found[:-1]
 
 
+@functools.lru_cache(2**12)  # once for all questions of an image
 def find(data: Path, name: str) -> str:
     """Kvasir-VQA names an image by path, by file name or by ID alone; the path is then images/ID.jpg."""
     return first_existing(data, [name, f"images/{name}", *(f"images/{name}.{e}" for e in ("jpg", "jpeg", "png"))])

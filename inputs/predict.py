@@ -38,7 +38,8 @@ def answer(read_examples, load_model, folder: Path, task, run) -> None:
         item.where = re.sub(r" turn \d+$", "", item.where)  # the line; of a conversation the last answer is asked
     asked = list({example.where: example for example in examples}.values())
     data_check.fields(asked)  # prints which are not read
-    found, task.measured, _, _ = data_check.check_media(Path(args.media_root), asked, task.measure)
+    seen = data_check.open_media(Path(args.media_root), asked, task.measure)
+    found, task.measured, _, _ = data_check.check_media(asked, seen)
     splits, trees, wrong = data_check.build(asked, problems + found, task)
     faults = {}
     for fault in problems + found + wrong:

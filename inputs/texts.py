@@ -129,13 +129,15 @@ def read_list(path: Path) -> Iterator[tuple[str, dict | Problem]]:
 
 def tidy(media: Path, value):
     """A value of an entry; NaN (as pandas writes what is missing) is None, an absolute path in media/ relative."""
+    if type(value) is str and value.isascii() and value[:1] != "/":  # nearly all
+        return value
     if isinstance(value, dict):
         return {tidy(media, name): tidy(media, inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [tidy(media, inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if not isinstance(value, str) or (value.isascii() and not value.startswith("/")):
+    if not isinstance(value, str):
         return value
     if re.search("[\ud800-\udfff]", value):  # JSON may hold it, UTF-8 cannot
         raise ValueError("half a character, \\ud800 to \\udfff without its other half; write it in full, or remove it")
