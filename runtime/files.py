@@ -35,16 +35,17 @@ def writing(path: Path):
 def replacing(folder: Path):
     """A folder to write into, which takes the place of `folder` once it is complete, and is removed if it never is."""
     temporary = folder.with_name(folder.name + ".writing")
-    with writing(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+    try:
+        with writing(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
             yield temporary
             settle(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    except (Exception, SystemExit):
+        shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
+        raise
 
 
 def write_json(path: Path, value) -> None:

@@ -6,7 +6,7 @@ RUN/checkpoints/step-00000200 holds adapter or model.safetensors, optimizer.safe
 import shutil
 from pathlib import Path
 
-from runtime.files import settle, sha256, sync, write_json, writing
+from runtime.files import replacing, sha256, sync, write_json, writing
 from runtime.folders import read_json
 from runtime.lock import refuse_lost
 from runtime.ranks import on_first_rank
@@ -25,36 +25,23 @@ def save(run: Path, step: int, write, state: dict, best: int = 0) -> None:
     first rank writes, the others wait. SystemExit where it fails: what was saved before is complete.
     """
     folder = folder_of(run, step)
-    temporary = folder.with_suffix(".writing")
 
     def write_all() -> None:
         refuse_lost(run)
-        try:
-            with writing(folder):
-                fill(temporary, write, state)
-                temporary.rename(folder)
-                for path in (folder.parent, run, run / "metrics.jsonl"):
-                    if path.exists():
-                        sync(path)
-        except SystemExit:
-            shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
-            raise
+        with replacing(folder) as temporary:
+            write(temporary)
+            write_json(temporary / "state.json", state)
+            digests = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / "manifest.json", digests)
+        with writing(folder):
+            for path in filter(Path.exists, (folder.parent, run, run / "metrics.jsonl")):
+                sync(path)
         for old in set(sorted(folder.parent.glob("step-????????"))[:-KEPT]) - {folder_of(run, best)}:
             old.rename(old.with_suffix(".removing"))  # half removed it must not look like a checkpoint
         for left in [*folder.parent.glob("step-????????.removing"), *folder.parent.glob("step-????????.writing")]:
             shutil.rmtree(left, ignore_errors=True)  # a file that is read elsewhere stays on NFS: next time
 
     on_first_rank(write_all)
-
-
-def fill(folder: Path, write, state: dict) -> None:
-    """The files of a checkpoint, the manifest last, all of them on the disk."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write(folder)
-    write_json(folder / "state.json", state)
-    write_json(folder / "manifest.json", {path.name: sha256(path) for path in sorted(folder.iterdir())})
-    settle(folder)
 
 
 def fault(folder: Path) -> str | None:

@@ -216,7 +216,7 @@ FAULTS = {
          "if sha256(folder / name) != digest:", "if sha256(folder / name) == digest and False:",
          "tests/runtime/test_resume.py::test_resume_of_a_broken_folder_is_refused"),
         ("a checkpoint is written in place",
-         'temporary = folder.with_suffix(".writing")', "temporary = folder",
+         "with replacing(folder) as temporary:", "folder.mkdir()\n        for temporary in [folder]:",
          "tests/runtime/test_resume.py::test_a_kill_while_saving_leaves_the_earlier_checkpoints_complete"),
         ("the best checkpoint goes with the old ones",
          " - {folder_of(run, best)}", "",
@@ -283,7 +283,7 @@ FAULTS = {
          "path.chmod(0o666 & ~mask)", "pass",
          "tests/scripts/test_modes.py::test_every_file_has_the_permissions_that_the_umask_gives"),
         ("a merge that ends early leaves a model behind",
-         "        finally:\n            shutil.rmtree", "        finally:\n            len",
+         "shutil.rmtree(temporary, ignore_errors=True)  # the room is needed", "pass",
          "tests/scripts/test_modes.py::test_a_merge_that_does_not_end_leaves_no_model"),
     ],
     "runtime/metrics.py": [
