@@ -165,10 +165,10 @@ def overlaps(examples: list, contents: dict[str, str]) -> dict[str, dict]:
     """
     found, earlier = {}, set()
     for split in SPLITS:
-        asked = [example for example in examples if example.split == split]
-        files = {contents.get(name) for example in asked for name in example.shown} - {None}
-        if split != "train" and asked:
-            part, shared = [{contents.get(name) for name in example.shown} for example in asked], files & earlier
+        part = [{contents.get(name) for name in example.shown} for example in examples if example.split == split]
+        files = set().union(*part) - {None}
+        if split != "train" and part:
+            shared = files & earlier
             touched = sum(bool(p & shared) for p in part)
             contained = sum(bool(p) and p <= shared for p in part)  # a text alone shows nothing
             found[split] = {"shown": len(files), "shared": len(shared), "questions": len(part)}
@@ -179,16 +179,14 @@ def overlaps(examples: list, contents: dict[str, str]) -> dict[str, dict]:
 
 def describe_split(examples: list) -> dict:
     """How many questions, files, questions of each type, and which answers; single_class: types that have one only."""
-    types, answers, by_type = Counter(), Counter(), defaultdict(set)
+    types, by_type = Counter(example.question_type for example in examples), defaultdict(set)
     for example in examples:
-        types[example.question_type] += 1
-        answers[shorten(example.answer, 80)] += 1
         by_type[example.question_type].add(normalise(str(example.answer)))
     return {
         "questions": len(examples),
         "files": len({name for example in examples for name in example.media}),
         "question_types": dict(sorted(types.items())),
-        "answers": dict(answers.most_common(10)),
+        "answers": dict(Counter(shorten(example.answer, 80) for example in examples).most_common(10)),
         "distinct_answers": len(set().union(*by_type.values())),
         "single_class": sorted(kind for kind, found in by_type.items() if len(found) == 1 and types[kind] > 1),
     }

@@ -168,12 +168,9 @@ def labelled(records: list[dict]) -> tuple[list[str], list[tuple]]:
 def ranked_figures(records: list[dict]) -> dict:
     """The calibration of the records whose candidates were ranked; {} where none were."""
     ranked = [r for r in records if r.get("probabilities") and r.get("candidates")]
-    if not ranked:
-        return {}
-    likeliest = [max(r["probabilities"], key=r["probabilities"].get) for r in ranked]
-    true = [true_candidate(r) for r in ranked]
-    sure = [r["probabilities"][name] for r, name in zip(ranked, likeliest, strict=True)]
-    return {"calibration": calibration(sure, [s == t for s, t in zip(likeliest, true, strict=True)])}
+    right = [max(r["probabilities"], key=r["probabilities"].get) == true_candidate(r) for r in ranked]
+    sure = [max(r["probabilities"].values()) for r in ranked]
+    return {"calibration": calibration(sure, right)} if ranked else {}
 
 
 def calibration(confidence: list[float], right: list[bool], bins: int = 10) -> dict:
