@@ -54,39 +54,23 @@ def board(text: str) -> str:
     return text
 
 
-class Parser(argparse.ArgumentParser):
-    """Says of a flag that it does not know what it is called here, and keeps --help short."""
-
-    def __init__(self, doc: str):
-        wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
-        super().__init__(description=doc, formatter_class=wide, allow_abbrev=False, add_help=False)
-        self.usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error("\n".join(explain(unknown, list(self._option_string_actions))))
-        return found
-
-
-def shared(doc: str, tunings: dict[str, str] | None = None, parts: dict[str, str] | None = None, **defaults) -> Parser:
-    """A parser with the options of every script.
+def shared(doc: str, tunings: dict[str, str] | None = None, parts: dict[str, str] | None = None, **defaults):
+    """An ArgumentParser with the options of every script, whose --help is short.
 
     `defaults` are the script's own values for them, `tunings` its own {choice of --tune: what it means}, the default
     first, `parts` {name: pattern of parameters} what can have a rate of its own.
     """
-    parser = Parser(doc)
-    add_data(parser.add_argument_group("what to train on").add_argument)
-    add_trained(parser.add_argument_group("what is trained").add_argument, tunings or LORA_AND_FULL)
-    add_training(parser.add_argument_group("how it is trained").add_argument, parts or {})
-    add_machine(parser.add_argument_group("where it runs").add_argument)
-    add_saving(parser.add_argument_group("saving, resuming, answering").add_argument)
-    add_modes(parser.add_argument_group("modes instead of training").add_argument)
+    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    usage = "%(prog)s --model MODEL --data DATA --out RUN [flags]"
+    parser = argparse.ArgumentParser(None, usage, doc, formatter_class=wide, allow_abbrev=False, add_help=False)
+    add_training(parser.add_argument_group, tunings or LORA_AND_FULL, parts or {})
+    add_running(parser.add_argument_group)
     parser.set_defaults(parts=parts or {}, **defaults)
     return parser
 
 
-def add_data(add) -> None:
+def add_training(group, tunings: dict[str, str], parts: dict[str, str]) -> None:
+    add = group("what to train on").add_argument
     add("--model", help="model folder, or hub ID (downloaded first); required")
     add("--data", help="data folder; required but for --merge, and for --check of the model alone")
     text = "folder that names of media start from, and absolute ones must lie in (default: --data)"
@@ -98,16 +82,14 @@ def add_data(add) -> None:
     text = "train on these examples alone: a line an ID, or a bad_steps.jsonl to replay (default: all)"
     add("--only-ids", metavar="FILE", help=text)
 
-
-def add_trained(add, tunings: dict[str, str]) -> None:
+    add = group("what is trained").add_argument
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in tunings.items())
     add("--tune", choices=[*tunings], default=next(iter(tunings)), help=f"{meanings} (default: %(default)s)")
     add("--lora-r", type=positive, metavar="R", default=16, help="rank of the adapters (default: %(default)s)")
     add("--lora-alpha", type=above_0, metavar="A", default=32, help="they are scaled by A / R (default: %(default)s)")
     add("--lora-dropout", type=chance, metavar="P", default=0.05, help="probability, below 1 (default: %(default)s)")
 
-
-def add_training(add, parts: dict[str, str]) -> None:
+    add = group("how it is trained").add_argument
     add("--lr", type=from_0, metavar="RATE", default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
     for part in parts:
         name = f"lr-{part}"
@@ -127,7 +109,8 @@ def add_training(add, parts: dict[str, str]) -> None:
     add("--seed", type=count, metavar="N", default=0, help="of every random draw (default: %(default)s)")
 
 
-def add_machine(add) -> None:
+def add_running(group) -> None:
+    add = group("where it runs").add_argument
     add("--device", default="auto", help="cuda, cpu, … (default: the GPU if there is one)")
     text = "number format (default: bf16 on a GPU, fp32 on a CPU)"
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help=text)
@@ -142,8 +125,7 @@ def add_machine(add) -> None:
     text = "metrics also go to tensorboard (RUN/tensorboard) or wandb:PROJECT; repeatable (default: no)"
     add("--log-to", action="append", type=board, default=[], metavar="BOARD", help=text)
 
-
-def add_saving(add) -> None:
+    add = group("saving, resuming, answering").add_argument
     text = "optimizer steps between checkpoints; the two newest, and the best, are kept (default: %(default)s)"
     add("--save-every", type=positive, metavar="N", default=200, help=text)
     text = "optimizer steps between validation losses, each after a checkpoint (default: %(default)s)"
@@ -166,8 +148,7 @@ def add_saving(add) -> None:
     add("--blind", choices=["blank", "shuffled"], help=text)
     add("--report", action=YES_NO, default=True, help="write RUN/report/report.html after answering (default: yes)")
 
-
-def add_modes(add) -> None:
+    add = group("modes instead of training").add_argument
     add("-h", "--help", action="help", help="show this and exit")
     add("--check", action="store_true", help="check data and checkpoint, count parameters, write check.json, exit")
     text = f"overfit the first N examples in at most {OVERFIT_STEPS} steps (--max-steps); exit code 1 if one is wrong"
@@ -179,10 +160,13 @@ def add_modes(add) -> None:
     add("--merge", metavar="DIR", help="write the model with what --resume has trained as a new model folder")
 
 
-def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """The settings, those given printed; ends with what is missing. `command` is the command line."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The settings, those given printed; ends with what is missing, and says of a flag that it does not know what it
+    is called here. `command` is the command line."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error("\n".join(explain(unknown, list(parser._option_string_actions))))
     args.command = argv
     alone = args.merge or args.predict or (args.check and not args.data)
     needed = ["model"] if alone else ["model", "data", "out"]
@@ -225,7 +209,7 @@ def printing(args: argparse.Namespace):
     return redirect_stdout(sys.stderr) if args.predict else nullcontext()
 
 
-def print_settings(parser: Parser, args: argparse.Namespace) -> None:
+def print_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """The settings that were given, in few lines; config.json has all of them. Of several ranks the first prints."""
     given = []
     for name, value in vars(args).items():

@@ -50,14 +50,13 @@ def explain(unknown: list[str], ours: list[str]) -> list[str]:
     for word in unknown:
         flag = word.split("=")[0]
         written = flag.replace("_", "-")
-        close = difflib.get_close_matches(written, ours, n=1, cutoff=0.75)
         if written in ours:
             lines.append(f"unknown flag {flag}: it is written {written}")
         elif written in names:
             remark = f", {REMARKS[written]}" if written in REMARKS else ""
             lines.append(f"unknown flag {flag}: here it is {names[written]}{remark}")
-        elif written.startswith("-") and close:
-            lines.append(f"unknown flag {flag}: did you mean {close[0]}?")
         elif written.startswith("-"):
-            lines.append(f"unknown flag {flag}: --help lists those there are")
+            close = difflib.get_close_matches(written, ours, n=1, cutoff=0.75)
+            meant = f"did you mean {close[0]}?" if close else "--help lists those there are"
+            lines.append(f"unknown flag {flag}: {meant}")
     return lines or [f"unexpected: {' '.join(unknown)}"]
