@@ -80,11 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     runs = [run | ({"media_root": args.media_root} if args.media_root else {}) for run in runs]
     result = write.write(runs, args.out)
     write.print_result(result)
-    audit = result["audit"]
-    if audit is None:
-        print("scorer: not audited by this run's script; its --check does that")
-    else:
+    if audit := result["audit"]:
         print_audit(audit)
+    else:
+        print("scorer: not audited by this run's script; its --check does that")
     print(f"wrote {args.out / 'report.html'}")
     if audit and audit["failed"]:
         raise SystemExit("the scorer calls wrong answers right: fix report/scoring.py, or the script's Task.score")

@@ -38,7 +38,8 @@ def blind_answers(train: list, asked: list) -> list[dict[str, str]]:
 
     def guess(counter: Counter, candidates: tuple, otherwise: str, places: Counter | None = None) -> str:
         if not candidates:
-            return most_frequent(spelt[most_frequent(counter)]) if counter else otherwise
+            answer = max(counter, key=counter.get, default=None)
+            return max(spelt[answer], key=spelt[answer].get, default=otherwise)
         often = [max(counter[label(option)], places[i] if places else 0) for i, option in enumerate(candidates)]
         return candidates[often.index(max(often))] if any(often) else otherwise
 
@@ -65,16 +66,10 @@ def number_medians(train: list) -> dict[str, float]:
 
 def described(example) -> tuple[str, str, str]:
     """An example's type; its earlier turns, pairs or as a chat template has them, with its question; the last alone."""
-    turns = [
-        [p.get("text", "") for p in turn["content"]] if isinstance(turn, dict) else turn for turn in example.history
-    ]
+    turns = [[p.get("text", "") for p in t["content"]] if isinstance(t, dict) else t for t in example.history]
     texts = [*(text for turn in turns for text in turn), example.question]  # each alone: later examples have them again
     *said, question = (" ".join(normalise(text).replace(MARK, " ").split()) for text in texts)  # marks tell nothing
     return example.question_type, " ".join([*said, question]), question
-
-
-def most_frequent(counter: Counter) -> str:
-    return counter.most_common(1)[0][0]
 
 
 def nearest(texts: list[str], unseen: list[str]) -> dict[str, list[str]]:

@@ -23,14 +23,13 @@ def write(runs: list[dict], out: Path) -> dict:
         if "folder" in run:
             add_blind_runs(run, numbers)
     audits = [{**run["audit"], "run": run["name"]} for run in runs if run.get("audit")]
-    leakage = [{**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")]
     result = {
         "title": ", ".join(run["name"] for run in runs),
         "runs": found,
         "comparisons": [pair for a, b in combinations(runs, 2) if (pair := compare(a, b))],
         "seeds": seeds_of(found),
         "audit": max(audits, key=lambda audit: audit["failed"], default=None),  # that of the worst scorer
-        "leakage": leakage[0] if leakage else None,
+        "leakage": next(({**run["leakage"], "run": run["name"]} for run in runs if run.get("leakage")), None),
     }
     records, media, faults = entries(runs)
     examples = [{"run": run["name"], **run["example"]} for run in runs if run.get("example")]

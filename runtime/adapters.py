@@ -86,10 +86,9 @@ def load_adapter(model: nn.Module, folder: Path) -> list[str]:
     Returns the names of the LoRA layers. Every key of the file must have its place and every adapter and trained
     module of the model its key; anything else raises ValueError, as do peft features not supported here.
     """
-    config, tensors = read_config(folder), read_tensors(folder / "adapter_model.safetensors")
+    (r, alpha, dropout, rslora), tensors = read_config(folder), read_tensors(folder / "adapter_model.safetensors")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    r, alpha, dropout, rslora = (config[name] for name in VALUES)
     if not lora_layers(model):
         add_lora(model, "|".join(re.escape(name) for name in names), r, alpha, dropout, rslora, without=".*")
     layers = lora_layers(model)
@@ -118,8 +117,8 @@ def rank_of(folder: Path) -> int | None:
     return next((shape[0] for name, (_, shape) in tensors.items() if name.endswith(".lora_A.weight") and shape), None)
 
 
-def read_config(folder: Path) -> dict:
-    """adapter_config.json, with each of VALUES.
+def read_config(folder: Path) -> tuple[int, float, float, bool]:
+    """(r, alpha, dropout, rslora) of adapter_config.json.
 
     Raises ValueError unless it is plain LoRA that fits its matrices: another would load, but answer otherwise.
     """
@@ -138,7 +137,7 @@ def read_config(folder: Path) -> dict:
         found = ", ".join(f"{name} {config[name]!r}" for name in VALUES)
         text = f"but the matrices have {rank_of(folder)} rows, and the others are finite numbers"
         raise ValueError(f"{folder}: adapter_config.json says {found[:200]}, {text}; copy the adapter again")
-    return config
+    return r, alpha, dropout, rslora
 
 
 def matrices(layers: dict[str, LoRALinear]) -> dict[str, torch.Tensor]:

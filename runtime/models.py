@@ -80,8 +80,7 @@ def config(folder: Path, kinds: str | tuple[str, ...] = (), remedy: str = "", fl
 def tokenizer(folder: Path):
     """The checkpoint's tokenizer, with its chat template wherever that stands; says where it was found."""
     with readable(f"--model {folder}"):  # it reads the first and the third of these
-        known = config(folder, grafted=True)
-        found = original_llava.tokenizer(folder, known)
+        found = original_llava.tokenizer(folder, config(folder, grafted=True))
     source = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         saved = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
@@ -132,8 +131,7 @@ def open_model(
             return kind.from_config(config, **settings)
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it would list what is grafted as unexpected
-        names = {rf"^{re.escape(part)}": ""} if part else None
-        settings |= {"config": config, "key_mapping": names}
+        settings |= {"config": config, "key_mapping": {rf"^{re.escape(part)}": ""} if part else None}
         try:
             model, found = original_llava.from_pretrained(kind, folder, **settings)
         except RuntimeError as error:
@@ -163,10 +161,8 @@ def load_part(folder: Path, prefixes: tuple[str, ...], module: nn.Module) -> Non
     weights = {}
     for path in folders.weight_files(folder):
         with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
-            for prefix in prefixes:
-                found = [name for name in names if name.startswith(prefix)]
-                weights |= {name.removeprefix(prefix): file.get_tensor(name) for name in found}
+            found = [(name, prefix) for name in sorted(file.keys()) for prefix in prefixes if name.startswith(prefix)]
+            weights |= {name.removeprefix(prefix): file.get_tensor(name) for name, prefix in found}
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
