@@ -30,21 +30,19 @@ def small_picture(data: Path, name: str) -> np.ndarray | None:
     """A JPEG or PNG as (32, 32, 3) bytes; None of an animation, or of more than 8 bits. Raises ValueError."""
     try:
         if video_files.is_frame(name):
-            return small(open_image(data, name))
-        with Image.open(inside(data, name), formats=["JPEG", "PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError("too large to be opened")
-            if getattr(image, "n_frames", 1) > 1 or image.mode not in (*MODES, "CMYK"):
-                return None
-            image.draft("RGB", (128, 128))  # a JPEG is decoded small, 1350 x 1080 in 4 ms instead of 16
-            return small(to_rgb(image))
+            picture = open_image(data, name)
+        else:
+            with Image.open(inside(data, name), formats=["JPEG", "PNG"]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError("too large to be opened")
+                if getattr(image, "n_frames", 1) > 1 or image.mode not in (*MODES, "CMYK"):
+                    return None
+                image.draft("RGB", (128, 128))  # a JPEG is decoded small, 1350 x 1080 in 4 ms instead of 16
+                picture = to_rgb(image)
+        # by an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ
+        return np.asarray(picture.resize((32, 32), Image.Resampling.HAMMING))
     except Exception as error:  # damaged files make a decoder raise anything
         raise ValueError(f"{name}: {error}") from None
-
-
-def small(picture: Image.Image) -> np.ndarray:
-    """By an antialiasing filter that is symmetric: BOX is not, and a mirrored copy would differ."""
-    return np.asarray(picture.resize((32, 32), Image.Resampling.HAMMING))
 
 
 def structured(picture: np.ndarray) -> bool:
