@@ -1,8 +1,8 @@
 """What the data check found, kept in RUN/check_cache.json: a restart with the same data opens none of its files.
 
-It is used where every example, the state of every file and the code that checks are as they were, otherwise all is
-done anew. A file's state is its size, its times and its inode, because reading it would take as long as the check.
-Deleting check_cache.json is always safe.
+It is written where every file could be read, and used where all examples, the state of every file and the code that
+checks are as they were. A file's state is its size, its times and its inode: reading it would take as long as the
+check. Deleting check_cache.json is always safe.
 """
 
 import hashlib

@@ -704,6 +704,9 @@ FAULTS = {
          "tests/inputs/test_content.py::test_a_scan_is_the_same_in_whatever_container_header_and_direction"),
     ],
     "inputs/data_check.py": [
+        ("a fault of this machine is kept when the machine has been mended",
+         "if not any(fault for fault, *_ in seen.values()):", "if True:",
+         "tests/inputs/test_check.py::test_a_fault_is_not_kept_because_it_may_be_of_the_machine"),
         ("images that are others under the same name are trained on where a run is resumed",
          "fingerprint((name, digests[name]) for", "fingerprint(name for",
          "tests/runtime/test_what_a_checkpoint_is_bound_to.py"
@@ -726,6 +729,17 @@ FAULTS = {
         ("a scorer that fails its audit is believed",
          "if failures:  # on every rank", "if failures and faults:  # on every rank",
          "tests/report/test_audit.py::test_check_audits_the_scorer_before_any_weights_are_read"),
+    ],
+    "inputs/check_cache.py": [
+        ("a restart trusts a file that was written anew with the same size and time",
+         "found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino", "found.st_size, found.st_mtime_ns",
+         "tests/inputs/test_check.py::test_after_any_change_all_is_opened_again[rewrite]"),
+        ("a restart knows nothing of what has changed in the examples",
+         "for example in examples:", "for example in examples[:0]:",
+         "tests/inputs/test_check.py::test_after_any_change_all_is_opened_again[edit]"),
+        ("a restart knows nothing of another Task.measure",
+         "Path(sys.argv[0])]", "Path(__file__)]",
+         "tests/inputs/test_check.py::test_other_code_checks_anew"),
     ],
     "inputs/contract.py": [
         ("a script whose model is not transformers' own passes the contract",

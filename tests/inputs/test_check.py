@@ -1,6 +1,7 @@
 """Faults of data and model are found before any weights are read, named by file and row, and listed all at once."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -16,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 import train_llava_med
 from inputs import data_check, images, show, texts
 from inputs.task import Problem
+from report import leakage
 
 IMAGES = {"train": 3, "val": 2, "test": 2}
 CHECK = ["--check", "--pack-tokens", 200]  # examples have up to 110 tokens
@@ -296,7 +298,7 @@ def test_without_skip_bad_nothing_is_trained(demo_folder, folder):
     shutil.copy(demo_folder / "model" / "model.safetensors", folder / "model")
     plant(folder / "data", ["null answer"])
     assert refused(folder, folder / "run").startswith("1 faults")
-    assert sorted(p.name for p in (folder / "run").iterdir()) == ["check.json"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == ["check.json", "check_cache.json"]
 
 
 def test_an_empty_file_is_named(folder, capsys):
@@ -481,14 +483,14 @@ def test_skip_bad_leaves_out_no_entire_split(folder, fault):
     assert text == "--skip-bad would leave out all of val; fix its examples"
 
 
-def test_check_changes_nothing_but_check_json(folder):
+def test_check_writes_its_own_two_files_alone(folder):
     def content():
         return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     before = content()
     run(folder, folder / "run", *CHECK)
     after = content()
-    assert {p for p in after if p not in before} == {folder / "run" / "check.json"}
+    assert {p.name for p in after if p not in before} == {"check.json", "check_cache.json"}
     assert all(after[p] == before[p] for p in before)
 
 
@@ -518,3 +520,98 @@ def test_no_example_at_all_and_none_to_answer_are_said(demo_folder, tmp_path, ca
     run(tmp_path, tmp_path / "b", "--limit", 8, "--max-steps", 1)
     said = "--eval-split test: the data has no such examples, only of train: nothing will be answered"
     assert said in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What was found is kept: a restart opens no file, unless anything has changed
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(folder, monkeypatch):
+    """A function that runs the data check and returns which images were opened for it, and check.json's bytes."""
+    opened, measure, leaks = [], images.measure, leakage.check
+    monkeypatch.setattr(images, "measure", lambda data, name: (opened.append(name), measure(data, name))[1])
+    monkeypatch.setattr(leakage, "check", lambda *given: (opened.append("leakage"), leaks(*given))[1])
+
+    def run_check(*flags) -> tuple[set, bytes]:
+        opened.clear()
+        run(folder, folder / "run", *CHECK, *flags)
+        return set(opened), (folder / "run" / "check.json").read_bytes()
+
+    return run_check
+
+
+def test_a_restart_with_the_same_data_opens_none_of_its_files(folder, check, capsys):
+    first, found = check()
+    assert len(first) == sum(IMAGES.values()) + 1 and "as checked before" not in capsys.readouterr().out
+    assert check() == (set(), found), "and finds the same"
+    assert "files, leakage and scorer: as checked before, nothing has changed" in capsys.readouterr().out
+    assert check("--epochs", 7) == (set(), found), "what is trained with it does not matter"
+    (folder / "run" / "check_cache.json").unlink()
+    assert check() == (first, found)
+
+
+def rewrite(path: Path) -> None:
+    """Other pixels in a file of the same size and time of change."""
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def swap(path: Path) -> None:
+    """Another image under this name, moved there."""
+    other = next(each for each in path.parent.iterdir() if each != path)
+    for source, target in ((path, "x"), (other, path.name), (path.with_name("x"), other.name)):
+        source.rename(path.with_name(target))
+
+
+def edit(path: Path) -> None:
+    rows = read_lines(path)
+    rows[0]["answer"] = rows[1]["answer"]
+    write_rows(path.parent, path.stem, rows)
+
+
+@pytest.mark.parametrize("change", [rewrite, swap, edit])
+def test_after_any_change_all_is_opened_again(folder, check, change):
+    first, _ = check()
+    rows = read_lines(folder / "data" / "train.jsonl")
+    change(folder / "data" / ("train.jsonl" if change is edit else rows[0]["image"]))
+    assert check()[0] == first
+
+
+def test_other_code_checks_anew(folder, check, monkeypatch):
+    script = folder / "train_mine.py"
+    monkeypatch.setattr("sys.argv", [str(script)])
+    script.write_text("# mine")
+    first, _ = check()
+    assert check()[0] == set()
+    script.write_text("# mine, with another measure")
+    assert check()[0] == first
+
+
+def test_a_missing_file_is_found_though_all_was_well_before(folder, check):
+    check()
+    name = read_lines(folder / "data" / "train.jsonl")[0]["image"]
+    (folder / "data" / name).unlink()
+    refused(folder, folder / "run", *CHECK)
+    assert any(f"{name} is missing" in text for text in failures(folder))
+
+
+def test_a_fault_is_not_kept_because_it_may_be_of_the_machine(folder, check, monkeypatch):
+    def fail(*_):
+        raise ValueError("a package is missing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "open_image", fail)
+        refused(folder, folder / "run", *CHECK)
+    assert failures(folder)
+    assert len(check()[0]) == sum(IMAGES.values()) + 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"of": 1}', "\0"])
+def test_a_damaged_check_cache_is_written_anew(folder, check, text):
+    first, found = check()
+    (folder / "run" / "check_cache.json").write_text(text)
+    assert check() == (first, found) and check() == (set(), found)

@@ -16,7 +16,7 @@ SCAN = RNG.integers(1, 1000, (6, 5, 4)).astype(np.float32)
 def checked(folder, measure, examples: list) -> list[str]:
     """The faults of the data check's first part."""
     given = [SimpleNamespace(where=f"{e.split}.jsonl:{i}", id=str(i), **vars(e)) for i, e in enumerate(examples, 1)]
-    return [str(problem) for problem in data_check.check_media(folder, given, measure)[0]]
+    return [str(problem) for problem in data_check.check_media(given, data_check.open_media(folder, given, measure))[0]]
 
 
 def shows(split: str, name: str, question="Is it?", recording=None) -> SimpleNamespace:

@@ -130,7 +130,8 @@ def test_ids_are_given_twice_in_a_split_but_not_in_a_video(published, tmp_path, 
         examples, problems = script.read_examples(published, args)
         assert len(examples) == 3700 and problems == []
         assert all((tmp_path / example.audio[0]).is_file() for example in examples)
-        problems, *_ = data_check.check_media(published, examples, lambda data, name: (None, name))
+        seen = data_check.open_media(published, examples, lambda data, name: (None, name))
+        problems, *_ = data_check.check_media(examples, seen)
         assert sum("is also the recording of another question" in problem.text for problem in problems) == shared
 
 

@@ -40,6 +40,17 @@ def test_at_most_25_lines_before_the_first_step(name, request, tmp_path, capsys)
     assert sum(line.startswith("trained: ") for line in before) == 1
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_restart_of_any_script_checks_no_file_again(name, request, tmp_path, capsys):
+    fixture, flags = CASES[name]
+    folder, script = request.getfixturevalue(fixture), importlib.import_module(f"train_{name}")
+    flags = ["--check", *flags.replace("DEMO", str(folder)).split()]
+    for known in (False, True):
+        capsys.readouterr()
+        run(folder, tmp_path, *flags, script=script)
+        assert ("as checked before" in capsys.readouterr().out) == known
+
+
 def planted(folder, out, kind, marker):
     """A copy of a demo whose model folders all name Python code of their own, which would write `marker`."""
     shutil.copytree(folder, out)

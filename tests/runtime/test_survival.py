@@ -653,8 +653,8 @@ def test_a_file_that_turns_bad_during_training_stops_the_run_with_a_checkpoint(
             file.truncate(100)
 
     with monkeypatch.context() as patch:
-        check = data_check.check_media
-        patch.setattr(data_check, "check_media", lambda *rest: (check(*rest), cut())[0])  # right after it was read
+        check = data_check.open_media
+        patch.setattr(data_check, "open_media", lambda *rest: (check(*rest), cut())[0])  # right after it was read
         text = refused(tmp_path, tmp_path / "run", *flags)
     assert text.startswith(f"step {step}: {name} cannot be read: ") and "The steps before are saved" in text
     assert saving.fault(tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}") is None

@@ -1,6 +1,7 @@
 """Both scripts that take clips, on parts of video files: the same run as on their frames as PNG; resume; leakage."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from test_predict import predict
 
 import train_surg_video_vqa as surg
 import train_video_plain_lm as plain
-from inputs.data_check import check_media
+from inputs.data_check import check_media, open_media
 from report import leakage
 from report.examples import read
 from report.thumbnails import thumbnails
@@ -131,14 +132,14 @@ def test_parts_of_one_file_and_frames_that_are_shown_twice_may_not_be_in_two_spl
         ["another", "videos/v0.mp4"],
     ]
     measure = (surg.SurgTask if both.script is surg else plain.VideoTask).measure
-    found = check_media(tmp_path / "data", examples, lambda data, name: measure(None, data, name))
+    found = check_media(examples, open_media(tmp_path / "data", examples, partial(measure, None)))
     text = "video file videos/v0.mp4 of test is also in train (train.jsonl:1); keep it in one split"
     assert str(found[0][0]).endswith(f": {text}")
     findings = leakage.check(tmp_path / "data", examples, found[2])["findings"]
     assert "video file videos/v0.mp4 of test is also in train (train.jsonl:1)" in [each["text"] for each in findings]
     assert "same content" not in [each["kind"] for each in findings]
     examples[1].media = [examples[0].media[0]]
-    found = check_media(tmp_path / "data", examples, lambda data, name: measure(None, data, name))
+    found = check_media(examples, open_media(tmp_path / "data", examples, partial(measure, None)))
     assert "file videos/v0.mp4#t=0.000 of test is also in train" in str(found[0][0])
     examples, problems = read(tmp_path / "data")  # without a script
     assert problems == [] and examples[1].media[0].startswith("videos/v0.mp4#t=1.500")

@@ -59,7 +59,7 @@ def validation_loss(out: Path) -> float:
 def test_the_run_folder_is_complete(trained):
     names = {p.name for p in trained.iterdir()}
     files = {"config.json", "check.json", "metrics.jsonl", "steps.jsonl", "predictions.jsonl", "results.json"}
-    assert names == files | {"checkpoints", "adapter"}
+    assert names == files | {"check_cache.json", "checkpoints", "adapter"}
     files = {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "README.md"}
     files |= {"preprocessor_config.json", "processor_config.json", "chat_template.jinja"}
     files |= {"tokenizer.json", "tokenizer_config.json"}

@@ -150,7 +150,8 @@ def test_the_model_before_training_is_measured_into_a_folder_of_its_own(name, re
     before = contents(out)
     run(folder, out, *baseline, "--report", script=script)
     assert read_lines(out / "baseline/predictions.jsonl") == first
-    files = {"baseline/check.json", "baseline/predictions.jsonl", "baseline/results.json"}
+    names = ("check.json", "check_cache.json", "predictions.jsonl", "results.json")
+    files = {f"baseline/{name}" for name in names}
     after = contents(out)
     assert {name for name in after if name.startswith("baseline/")} == files
     assert {n: d for n, d in after.items() if n not in files} == {n: d for n, d in before.items() if n not in files}
