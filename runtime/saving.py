@@ -32,7 +32,7 @@ def save(run: Path, step: int, write, state: dict, best: int = 0) -> None:
             write(temporary)
             write_json(temporary / "state.json", state)
             digests = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-            write_json(temporary / "manifest.json", digests)
+            write_json(temporary / "manifest.json", digests)  # last: it vouches for the others
         with writing(folder):
             for path in filter(Path.exists, (folder.parent, run, run / "metrics.jsonl")):
                 sync(path)
