@@ -453,7 +453,7 @@ def main(argv=None) -> None:
         # ---- train ----
         if not args.eval_only:
             plan = common.plan_run(trees["train"], args)  # every step of the run, from the seed alone
-            start = checkpoints.first_step(run, folder, trees["train"], plan, OWN_SETTINGS)  # refused if data changed
+            start = checkpoints.first_step(run, folder, trees["train"], plan)  # refused if data changed
         torch.manual_seed(args.seed)  # new embeddings and adapters are drawn
         model = load_model(folder, task, run.dtype)
         checkpoints.load_weights(run, folder, model.vlm)  # refused if they were trained on another model

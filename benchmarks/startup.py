@@ -78,7 +78,7 @@ def start(args) -> dict:
         _, trees = data_check.check(*read, task, run)
         stage("data check")
         plan = common.plan_run(trees["train"], settings)
-        begin = checkpoints.first_step(run, folder, trees["train"], plan, script.OWN_SETTINGS)
+        begin = checkpoints.first_step(run, folder, trees["train"], plan)
         stage("plan, and what a checkpoint is bound to")
         next(run.steps(plan, begin, task))
         stage("first batch")

@@ -12,7 +12,7 @@ from report.summary import resampled, summarise_run
 BEFORE = "before training"
 # what else a run's questions were answered by: its folder, how to repeat it, what must be as in the run
 OTHERS = {mode: (f"blind/{mode}", f"--blind {mode}", ANSWERED) for mode in ("blank", "shuffled")}
-OTHERS |= {BEFORE: ("baseline", "--resume none", (*ANSWERED, "model"))}
+OTHERS |= {BEFORE: ("baseline", "--resume none", (*ANSWERED, "model", "prompt"))}
 
 
 def compare(a: dict, b: dict) -> dict | None:

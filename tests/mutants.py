@@ -805,7 +805,7 @@ FAULTS = {
     ],
     "report/compare.py": [
         ("what another model answered counts as this one before training",
-         '(*ANSWERED, "model")', "ANSWERED",
+         '(*ANSWERED, "model", "prompt")', '(*ANSWERED, "prompt")',
          "tests/scripts/test_predict.py::test_a_stale_measure_of_the_model_before_training_is_said"),
     ],
     "report/results.py": [

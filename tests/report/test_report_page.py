@@ -475,7 +475,7 @@ def test_the_audit_gives_totals_of_lists_that_are_cut_and_whose_it_is():
     told["audit"] |= {"declared": 450, "failures": ["x"] * 200, "failed": 1234, "run": "runs/a"}
     told["leakage"]["run"] = "runs/b"
     text = plain(html_of(told, [], [], [], {}))
-    assert "failed 36 pairs of 9 different answers and 1 kinds of non-answers" in text
+    assert "failed 36 pairs of 9 different answers and 1 kind of non-answers" in text
     assert "1,234 wrong ones were called right, 450 pairs" in text and "and 1,034 more lines" in text
     assert "Of the run" not in text, "there is one"
     text = plain(html_of(told | {"runs": [a_run(), a_run("runs/b")]}, [], [], [], {}))

@@ -208,7 +208,7 @@ def test_a_stale_measure_of_the_model_before_training_is_said(demo_folder, train
 
     assert reported()["blind"].keys() == {"before training"}
     results = json.loads((out / "baseline/results.json").read_text())
-    for name, value in {"model": "another", "limit": 3, "decode": "greedy"}.items():
+    for name, value in {"model": "another", "limit": 3, "decode": "greedy", "prompt": {"system": "Be short."}}.items():
         (out / "baseline/results.json").write_text(json.dumps({**results, name: value}))
         found = reported()
         text = f"before training: was answered with another {name}; repeat it with --eval-only --resume none"
