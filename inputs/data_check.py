@@ -4,7 +4,9 @@ It stands above the rooms: it asks the task (inputs/task.py), building.build_tre
 the leakage check and the scorer's audit of report/, and writes check.json. No weights are read before it has passed.
 """
 
+import json
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import common
@@ -24,8 +26,10 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     are trained on: of their bytes, because a mirrored scan is the same content.
     """
     args, data = run.args, Path(run.args.media_root)
-    of = ranks.on_first_rank(lambda: check_cache.key(data, examples))
-    kept = ranks.on_first_rank(lambda: check_cache.read(Path(args.out), of))
+    settings = {name: getattr(args, name) for name in ("model", *run.own)}
+    of = ranks.on_first_rank(lambda: check_cache.key(data, examples, settings))
+    kept = None if args.check else check_cache.read(Path(args.out), of)
+    kept = None if ranks.any_rank(kept is None) else kept
     seen = kept["seen"] if kept else open_media(data, examples, task.measure)
     found, task.measured, contents, digests = check_media(examples, seen)
     task.report |= images.summary(task.measured, task.processor)
@@ -36,8 +40,6 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     else:
         scorer = ranks.on_first_rank(lambda: audit.audit_scorer(lambda s, e: task.score(s, e)["exact"], examples))
         leaks = ranks.on_first_rank(lambda: leakage.check(data, examples, contents))
-        if not any(fault for fault, *_ in seen.values()):  # which may be of this machine: a package that it lacks
-            check_cache.write(Path(args.out), of, seen=seen, scorer=scorer, leakage=leaks)
     shared = leakage.overlaps(examples, contents)
     splits, trees, wrong = build(examples, problems + found, task)
     counts = {split: count(splits[split], trees[split]) for split in SPLITS}
@@ -60,6 +62,9 @@ def check(examples: list[Example], problems: list[Problem], task: Task, run) -> 
     gone = left_out(examples, problems + found + wrong, splits)
     task.report["left_out"] = {split: gone[split][0] for split in SPLITS if split in gone}
     settle(folder / "check.json", result, fatal, problems + found + wrong, gone, args.skip_bad)
+    unread = leaks["counts"]["not looked at"] or any(fault for fault, *_ in seen.values())
+    if not kept and not unread:  # it may be read the next time, by another machine
+        check_cache.write(Path(args.out), of, seen=seen, scorer=scorer, leakage=leaks)
     refuse_empty({item.split for item in (*examples, *problems)}, splits, args)
     if args.overfit:
         splits = dict.fromkeys(splits, splits["train"][: args.overfit])
@@ -82,9 +87,10 @@ def open_media(data: Path, examples: list[Example], measure) -> dict[str, list]:
             digest = file_sha256(data, name)  # it is in memory now
         except ValueError as error:
             return str(error), None, None, None
-        if not isinstance(found, tuple) or [type(part) for part in found[1:]] != [str]:
-            raise SystemExit("Task.measure must return what tokens are counted from and a content; see inputs/task.py")
-        return None, *found, digest
+        with suppress(TypeError):
+            if isinstance(found, tuple) and [type(part) for part in found[1:]] == [str]:
+                return None, *json.loads(json.dumps(found)), digest  # as a restart reads it
+        raise SystemExit("Task.measure must return, JSON-like, what tokens are counted from and a content; see Task")
 
     mine = in_threads(look, names[ranks.rank() :: ranks.ranks()], desc="media", unit="file")
     return {name: found for part in ranks.gather(mine) for name, found in part.items()}

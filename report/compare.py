@@ -12,7 +12,7 @@ from report.summary import resampled, summarise_run
 BEFORE = "before training"
 # what else a run's questions were answered by: its folder, how to repeat it, what must be as in the run
 OTHERS = {mode: (f"blind/{mode}", f"--blind {mode}", ANSWERED) for mode in ("blank", "shuffled")}
-OTHERS |= {BEFORE: ("baseline", "--resume none", (*ANSWERED, "model", "prompt"))}
+OTHERS |= {BEFORE: ("baseline", "--resume none", (*ANSWERED, "model"))}
 
 
 def compare(a: dict, b: dict) -> dict | None:
@@ -72,7 +72,9 @@ def add_blind_runs(run: dict, found: dict) -> None:
         records = {r["id"]: r for r in read_records(path)}
         other = {"name": mode, "records": [records[r["id"]] for r in run["records"] if r["id"] in records]}
         paired = compare(run, other)
-        changed = [name for name in same if answered.get(name) != run[name]]
+        # a run that was answered before they were recorded has no settings of its script
+        now, then = ({name: of.get(name) for name in same} | (of.get("own_settings") or {}) for of in (run, answered))
+        changed = [name for name in now if name in then and now[name] != then[name]]
         if changed or not paired:
             what = f"with another {changed[0]}" if changed else "other questions"
             found["notes"].append(f"{mode}: was answered {what}; {again}")

@@ -7,8 +7,8 @@ from inputs.texts import read_json, read_jsonl
 
 RECORD = {"id", "group", "media", "question_type", "question", "answer", "prediction", "correct", "relaxed"}
 ANSWERED = ("split", "decode", "max_answer_tokens", "limit")  # how a run was answered
-OF_WHAT = ("model", "prompt", "data", "date", "trained", "checkpoint", "step", "steps", "lowest_val_loss", "left_out")
-OF_WHAT += ("script", "script_sha256", "git_commit")
+OF_WHAT = ("model", "data", "date", "trained", "checkpoint", "step", "steps", "lowest_val_loss", "left_out")
+OF_WHAT += ("own_settings", "script", "script_sha256", "git_commit")
 
 
 def read_run(folder: Path) -> dict:

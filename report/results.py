@@ -24,7 +24,7 @@ def finish(records: list[dict], asked: list, train_examples: list, task, run, ow
     args, results = run.args, summarise(records)
     given = ("model", "data", "media_root", "decode", "max_answer_tokens", "limit")
     results |= {"split": args.eval_split, **{name: getattr(args, name) for name in given}, **code()}
-    results |= {"prompt": {name: getattr(args, name) for name in run.own}}  # how it was asked
+    results |= {"own_settings": {name: getattr(args, name) for name in run.own}}
     results |= {"date": datetime.now().isoformat(" ", "minutes")}
     results |= {"cut_off": sum(not record.get("ended", True) for record in records), **task.report}
     predictions = run.folder / "predictions.jsonl"

@@ -147,7 +147,8 @@ def matrices(layers: dict[str, LoRALinear]) -> dict[str, torch.Tensor]:
 
 def trained_plain_modules(model: nn.Module) -> list[str]:
     """The names of trained modules without an adapter, such as a projector's layers."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    lora = {f"{name}.lora_{x}" for name in lora_layers(model) for x in "AB"}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name not in lora]
     return sorted({name.rpartition(".")[0] for name in trained})
 
 

@@ -113,15 +113,7 @@ def refuse_template(task, folder: Path, image_id: int | None) -> None:
 
 
 def open_model(
-    kind,
-    folder: Path,
-    config,
-    dtype: torch.dtype,
-    grafted: tuple[str, ...] = (),
-    replaced: str = "",
-    remedy: str = "",
-    part: str = "",
-    from_scratch: bool = False,
+    kind, folder: Path, config, dtype: torch.dtype, grafted=(), replaced="", remedy="", part="", from_scratch=False
 ) -> nn.Module:
     """kind.from_pretrained; ends the program where a weight is missing or has no place: it would be random, or lost.
 

@@ -9,13 +9,14 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers import read_lines, refused, run
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import train_llava_med
-from inputs import data_check, images, show, texts
+from inputs import check_cache, data_check, images, show, texts
 from inputs.task import Problem
 from report import leakage
 
@@ -298,7 +299,7 @@ def test_without_skip_bad_nothing_is_trained(demo_folder, folder):
     shutil.copy(demo_folder / "model" / "model.safetensors", folder / "model")
     plant(folder / "data", ["null answer"])
     assert refused(folder, folder / "run").startswith("1 faults")
-    assert sorted(p.name for p in (folder / "run").iterdir()) == ["check.json", "check_cache.json"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == ["check.json"]
 
 
 def test_an_empty_file_is_named(folder, capsys):
@@ -527,29 +528,42 @@ def test_no_example_at_all_and_none_to_answer_are_said(demo_folder, tmp_path, ca
 # ------------------------------------------------------------------------------------------------------------
 
 
+BASELINE = ["--eval-only", "--resume", "none", "--limit", 9, "--max-answer-tokens", 1]  # a start that trains nothing
+
+
 @pytest.fixture
-def check(folder, monkeypatch):
-    """A function that runs the data check and returns which images were opened for it, and check.json's bytes."""
+def start(demo_folder, folder, monkeypatch):
+    """A function that starts a run and returns what was opened for its data check, and check.json's bytes."""
+    shutil.copy(demo_folder / "model" / "model.safetensors", folder / "model")
     opened, measure, leaks = [], images.measure, leakage.check
     monkeypatch.setattr(images, "measure", lambda data, name: (opened.append(name), measure(data, name))[1])
     monkeypatch.setattr(leakage, "check", lambda *given: (opened.append("leakage"), leaks(*given))[1])
 
-    def run_check(*flags) -> tuple[set, bytes]:
+    def start_run(*flags) -> tuple[set, bytes]:
         opened.clear()
-        run(folder, folder / "run", *CHECK, *flags)
-        return set(opened), (folder / "run" / "check.json").read_bytes()
+        run(folder, folder / "run", *BASELINE, *flags)
+        return set(opened), (folder / "run/baseline/check.json").read_bytes()
 
-    return run_check
+    return start_run
 
 
-def test_a_restart_with_the_same_data_opens_none_of_its_files(folder, check, capsys):
-    first, found = check()
-    assert len(first) == sum(IMAGES.values()) + 1 and "as checked before" not in capsys.readouterr().out
-    assert check() == (set(), found), "and finds the same"
+def test_a_restart_with_the_same_data_opens_none_of_its_files(folder, start, capsys):
+    first, found = start()
+    assert len(first) > 3 and "leakage" in first and "as checked before" not in capsys.readouterr().out
+    assert start() == (set(), found), "and finds the same"
     assert "files, leakage and scorer: as checked before, nothing has changed" in capsys.readouterr().out
-    assert check("--epochs", 7) == (set(), found), "what is trained with it does not matter"
-    (folder / "run" / "check_cache.json").unlink()
-    assert check() == (first, found)
+    assert start("--epochs", 7) == (set(), found), "what is trained with it does not matter"
+    assert start("--system", "Be short.")[0] == first, "another prompt is another check"
+    (folder / "run/baseline/check_cache.json").unlink()
+    assert start() == (first, found)
+
+
+def test_check_opens_every_file_whatever_is_known(folder, monkeypatch):
+    opened, measure = [], images.measure
+    monkeypatch.setattr(images, "measure", lambda data, name: (opened.append(name), measure(data, name))[1])
+    for times in (1, 2):
+        run(folder, folder / "run", *CHECK)
+        assert len(opened) == times * sum(IMAGES.values())
 
 
 def rewrite(path: Path) -> None:
@@ -574,44 +588,80 @@ def edit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [rewrite, swap, edit])
-def test_after_any_change_all_is_opened_again(folder, check, change):
-    first, _ = check()
+def test_after_any_change_all_is_opened_again(folder, start, change):
+    first, _ = start()
     rows = read_lines(folder / "data" / "train.jsonl")
     change(folder / "data" / ("train.jsonl" if change is edit else rows[0]["image"]))
-    assert check()[0] == first
+    assert start()[0] == first
 
 
-def test_other_code_checks_anew(folder, check, monkeypatch):
+def test_other_code_and_another_package_check_anew(folder, start, monkeypatch):
     script = folder / "train_mine.py"
     monkeypatch.setattr("sys.argv", [str(script)])
-    script.write_text("# mine")
-    first, _ = check()
-    assert check()[0] == set()
-    script.write_text("# mine, with another measure")
-    assert check()[0] == first
+    (folder / "mine").mkdir()
+    for path in (script, folder / "mine" / "scoring.py"):
+        path.write_text("# as it was")
+        first, _ = start()
+        assert start()[0] == set()
+        path.write_text("# with another measure")
+        assert start()[0] == first
+    monkeypatch.setattr(check_cache, "distributions", lambda: [SimpleNamespace(name="pillow", version="0")])
+    assert start()[0] == first and start()[0] == set()
 
 
-def test_a_missing_file_is_found_though_all_was_well_before(folder, check):
-    check()
+def test_the_header_of_an_img_is_a_part_of_it(tmp_path):
+    for name in ("a.img", "a.hdr", "b.nii"):
+        (tmp_path / name).write_bytes(b"0")
+    before = [check_cache.state(tmp_path, name) for name in ("a.img", "b.nii", "c.nii")]
+    assert [len(found) for found in before] == [2, 1, 0]
+    (tmp_path / "a.hdr").write_bytes(b"1")
+    (tmp_path / "b.hdr").write_bytes(b"1")
+    after = [check_cache.state(tmp_path, name) for name in ("a.img", "b.nii", "c.nii")]
+    assert after[0] != before[0] and after[1:] == before[1:]
+
+
+def test_a_missing_file_is_found_though_all_was_well_before(folder, start):
+    start()
     name = read_lines(folder / "data" / "train.jsonl")[0]["image"]
     (folder / "data" / name).unlink()
-    refused(folder, folder / "run", *CHECK)
-    assert any(f"{name} is missing" in text for text in failures(folder))
+    refused(folder, folder / "run", *BASELINE)
+    found = json.loads((folder / "run/baseline/check.json").read_text())["failures"]
+    assert any(f"{name} is missing" in text for text in found)
 
 
-def test_a_fault_is_not_kept_because_it_may_be_of_the_machine(folder, check, monkeypatch):
-    def fail(*_):
-        raise ValueError("a package is missing")
+@pytest.mark.parametrize("module, function", [(images, "open_image"), (leakage, "small_picture")])
+def test_what_could_not_be_read_is_not_kept_because_it_may_be_of_the_machine(
+    folder, start, monkeypatch, module, function
+):
+    name, works = read_lines(folder / "data" / "train.jsonl")[0]["image"], getattr(module, function)
 
+    def fail(data, of, *rest):
+        if of == name:
+            raise ValueError("a package is missing")
+        return works(data, of, *rest)
+
+    flags = ["--limit", 30, "--skip-bad", "90%"]
     with monkeypatch.context() as patch:
-        patch.setattr(images, "open_image", fail)
-        refused(folder, folder / "run", *CHECK)
-    assert failures(folder)
-    assert len(check()[0]) == sum(IMAGES.values()) + 1
+        patch.setattr(module, function, fail)
+        start(*flags)
+    assert "leakage" in start(*flags)[0] and start(*flags)[0] == set()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"of": 1}', "\0"])
-def test_a_damaged_check_cache_is_written_anew(folder, check, text):
-    first, found = check()
-    (folder / "run" / "check_cache.json").write_text(text)
-    assert check() == (first, found) and check() == (set(), found)
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"of": 1}', "\\0"])
+def test_a_damaged_check_cache_is_written_anew(folder, start, text):
+    first, found = start()
+    (folder / "run/baseline/check_cache.json").write_text(text)
+    assert start() == (first, found) and start() == (set(), found)
+
+
+def test_without_room_for_it_a_run_goes_on(folder, start, capsys):
+    (folder / "run/baseline/check_cache.json").mkdir(parents=True)
+    first, found = start()
+    assert "a restart then opens all files again" in capsys.readouterr().out
+    assert start() == (first, found) and not (folder / "run/baseline/check_cache.json.writing").exists()
+
+
+@pytest.mark.parametrize("measured", [{"size": (1, 2)}, ({"size": np.int64(3)}, "content"), (3, 4)])
+def test_what_a_restart_could_not_read_is_no_measure(folder, monkeypatch, measured):
+    monkeypatch.setattr(images, "measure", lambda data, name: measured)
+    assert "Task.measure must return, JSON-like" in refused(folder, folder / "run", *CHECK)

@@ -44,10 +44,10 @@ def test_at_most_25_lines_before_the_first_step(name, request, tmp_path, capsys)
 def test_a_restart_of_any_script_checks_no_file_again(name, request, tmp_path, capsys):
     fixture, flags = CASES[name]
     folder, script = request.getfixturevalue(fixture), importlib.import_module(f"train_{name}")
-    flags = ["--check", *flags.replace("DEMO", str(folder)).split()]
-    for known in (False, True):
+    flags = flags.replace("DEMO", str(folder)).split()
+    for known, more in ((False, ["--check"]), (True, ["--max-steps", 1, "--max-answer-tokens", 1, "--limit", 9])):
         capsys.readouterr()
-        run(folder, tmp_path, *flags, script=script)
+        run(folder, tmp_path, *flags, "--limit", 9, *more, script=script)
         assert ("as checked before" in capsys.readouterr().out) == known
 
 

@@ -208,11 +208,15 @@ def test_a_stale_measure_of_the_model_before_training_is_said(demo_folder, train
 
     assert reported()["blind"].keys() == {"before training"}
     results = json.loads((out / "baseline/results.json").read_text())
-    for name, value in {"model": "another", "limit": 3, "decode": "greedy", "prompt": {"system": "Be short."}}.items():
-        (out / "baseline/results.json").write_text(json.dumps({**results, name: value}))
+    for name, value in {"model": "another", "limit": 3, "decode": "greedy", "system": "Be short."}.items():
+        own = {**results["own_settings"], **({name: value} if name == "system" else {})}
+        (out / "baseline/results.json").write_text(json.dumps({**results, name: value, "own_settings": own}))
         found = reported()
         text = f"before training: was answered with another {name}; repeat it with --eval-only --resume none"
         assert found["blind"] == {} and text in found["notes"]
+    del results["own_settings"]  # as they were written before
+    (out / "baseline/results.json").write_text(json.dumps(results))
+    assert reported()["blind"].keys() == {"before training"}
 
 
 def test_a_file_is_answered_into_the_run_and_ids_are_the_lines_places(demo_folder, trained_llava, tmp_path, capfd):
