@@ -47,7 +47,7 @@ def start(argv, ranks: int = 2, before: str = "", script=train_llava_med) -> lis
     ]
 
 
-def ended(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], list[str]]:
+def ended(processes: list[subprocess.Popen], timeout: float = 300) -> tuple[list[int], list[str]]:
     """Exit codes and what was printed."""
     try:
         texts = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -270,14 +270,14 @@ def test_a_file_that_turns_bad_on_one_rank_stops_all_with_a_checkpoint(demo_fold
 def test_a_rank_that_dies_ends_the_others(demo_folder, tmp_path):
     out = tmp_path / "run"
     first, second = start(arguments(demo_folder, out, "--max-steps", 10_000, "--epochs", 1000))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert time.monotonic() < end and first.poll() is None
         time.sleep(0.05)
     second.kill()
     killed = time.monotonic()
-    (code, _), (text, _) = ended([first, second], timeout=60)
-    assert time.monotonic() - killed < 60
+    (code, _), (text, _) = ended([first, second], timeout=300)
+    assert time.monotonic() - killed < 300
     assert code == 1, text
     assert "rank 0 of 2 ends: another has died, left or is stuck" in text
     assert not (out / "lock").exists()

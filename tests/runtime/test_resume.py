@@ -158,12 +158,12 @@ def test_a_real_process_whose_group_is_signalled_is_the_same_run(demo_folder, tm
         text=True,
         start_new_session=True,
     )
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=300)[0]
     assert process.returncode == 85, text
     assert "SIGTERM: finishing this step, then saving" in text
     steps = [line["step"] for line in read_lines(metrics) if "loss" in line]

@@ -150,13 +150,13 @@ def test_ctrl_c_that_also_ends_tee_loses_nothing(demo_folder, undisturbed, tmp_p
     ]
     argv += ["--out", out, *FLAGS, "--save-every", 1000, "--max-steps", 10_000, "--epochs", 2000]
     process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 2:
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
     process.stdout.close()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 85
+    assert process.wait(300) == 85
     (folder,) = (out / "checkpoints").iterdir()
     assert saving.fault(folder) is None
     assert int(folder.name[5:]) == metrics_of(out)[-1]["step"]
@@ -188,14 +188,14 @@ def test_a_worker_that_is_killed_or_stuck_costs_no_step(demo_folder, undisturbed
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(2)  # until the trainer waits for this
             os.kill(trainer, signal.SIGTERM)
-            time.sleep(90)
+            time.sleep(900)
         return read(*rest)
 
     began = time.monotonic()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(task, "read_media", fails)
         run(demo_folder, out, *flags, "--save-every", 2)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     last = [line["step"] for line in metrics_of(out)][-1]
     if what == "killed":
         assert caught.value.code.startswith(f"step {last + 1}: a process that reads media was killed")
@@ -231,7 +231,7 @@ def test_a_stuck_worker_dies_with_its_trainer():
     worker = Path("/proc") / process.stdout.readline().strip()
     process.kill()
     process.wait()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
