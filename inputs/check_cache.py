@@ -7,6 +7,7 @@ its inode: reading it would take as long as the check. Deleting check_cache.json
 
 import hashlib
 import json
+import os
 import sys
 from contextlib import suppress
 from dataclasses import fields
@@ -25,9 +26,10 @@ NAME = "check_cache.json"
 def key(data: Path, examples: list[Example], settings: dict) -> str:
     """A digest of all that the findings depend on: examples, the state of their media in data/, settings, and code."""
     folders = {Path(__file__).resolve().parent.parent, Path(sys.argv[0]).resolve().parent}
-    code = {path for folder in folders for form in ("*.py", "*/*.py") for path in folder.glob(form) if path.is_file()}
+    code = {path for folder in folders for form in ("*.py", "*/*.py") for path in folder.glob(form)}
+    code = [path for path in sorted(code) if path.is_file() and os.access(path, os.R_OK)]  # there may be others' files
     packages = sorted(f"{package.name} {package.version}" for package in distributions())
-    found = hashlib.sha256(repr([settings, packages, *map(sha256, sorted(code))]).encode())
+    found = hashlib.sha256(repr([settings, packages, *map(sha256, code)]).encode())
     values = lru_cache(lambda kind: attrgetter(*(field.name for field in fields(kind))))  # of an example, by its class
     states = in_threads(lambda name: state(data, name), list({name: 0 for e in examples for name in e.media}))
     found.update(repr(states).encode("utf-8", "backslashreplace"))
