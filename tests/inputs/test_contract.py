@@ -70,7 +70,7 @@ BREAKS = {
     ),
     "a file whose content is not given": (
         "data",
-        "Task.measure must return what tokens are counted from and a content",
+        "Task.measure must return, JSON-like, what tokens are counted from and a content",
         ("images.measure(data, name)\n", "images.measure(data, name)[0]\n"),
     ),
     "one token too many is supervised": (

@@ -100,7 +100,7 @@ class Reader:
         """{(split, id): what the model reads of the example}; `where` and `media` say which row and files it is of."""
         (self.folder / "out").mkdir(parents=True, exist_ok=True)
         examples, problems = self.script.read_examples(self.data, args)
-        splits, trees = data_check.check(examples, problems, task, SimpleNamespace(args=args, same={}))
+        splits, trees = data_check.check(examples, problems, task, SimpleNamespace(args=args, same={}, own=[]))
         by_id = {(split, example.id): example for split, part in splits.items() for example in part}
         found = {}
         for split, tree in ((split, tree) for split, part in trees.items() for tree in part):
