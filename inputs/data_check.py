@@ -1,7 +1,8 @@
-"""The data check before every run: each file is opened, each example built and decoded again, all faults are listed.
+"""The data check before every run: each example is built and decoded again, each file opened, all faults are listed.
 
 It stands above the rooms: it asks the task (inputs/task.py), building.build_trees, which checks every example's tokens,
-the leakage check and the scorer's audit of report/, and writes check.json. No weights are read before it has passed.
+the leakage check and the scorer's audit of report/, and writes check.json; what it found of files that have not changed
+is kept (check_cache.py). No weights are read before it has passed.
 """
 
 import json
